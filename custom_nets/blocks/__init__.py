@@ -1,0 +1,29 @@
+# Copyright (c) ClinicalFMamba contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from custom_nets.blocks.channel_attention import CrossModalChannelAttention
+from custom_nets.blocks.cross_mamba import CrossMamba, CrossMambaBlock
+from custom_nets.blocks.dilated_gated_conv import DilatedGatedConvBlock
+from custom_nets.blocks.mamba import Mamba, MambaBlock
+from custom_nets.blocks.selective_ssm import DirectionalSSM
+from custom_nets.blocks.token_exchange import TokenExchange, swap_channels
+
+__all__ = [
+    "CrossMamba",
+    "CrossMambaBlock",
+    "CrossModalChannelAttention",
+    "DilatedGatedConvBlock",
+    "DirectionalSSM",
+    "Mamba",
+    "MambaBlock",
+    "TokenExchange",
+    "swap_channels",
+]

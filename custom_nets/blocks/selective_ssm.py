@@ -1,0 +1,106 @@
+# Copyright (c) ClinicalFMamba contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from __future__ import annotations
+
+import math
+from typing import Optional
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from custom_nets.ops import selective_scan_channels_last, to_raster, to_sequences
+
+__all__ = ["DirectionalSSM"]
+
+
+class DirectionalSSM(nn.Module):
+    """Selective state space model over the tokens of an image or a volume, in several directions at once.
+
+    Every direction has its own causal depthwise convolution, projections and state matrix, initialised as in Mamba
+    (Gu and Dao, 2023); their outputs are brought back to raster order and averaged.
+
+    Args:
+        channels: channels of the tokens.
+        orders: directions as (axis order, reversed) pairs, see :py:func:`custom_nets.ops.scan_orders`.
+        state_dim: states per channel.
+        conv_width: taps of the causal convolution.
+        step_rank: rank of the projection to the step.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        orders: list[tuple[list[int], bool]],
+        state_dim: int = 8,
+        conv_width: int = 4,
+        step_rank: int = 8,
+        step_range: tuple[float, float] = (1e-3, 1e-1),
+        step_floor: float = 1e-4,
+    ) -> None:
+        super().__init__()
+        self.orders = orders
+        self.split = [step_rank, state_dim, state_dim]
+        directions = len(orders)
+
+        def uniform(*shape: int, bound: float) -> nn.Parameter:
+            return nn.Parameter(torch.empty(directions, *shape).uniform_(-bound, bound))
+
+        self.conv_weight = uniform(conv_width, channels, bound=conv_width**-0.5)
+        self.conv_bias = uniform(channels, bound=conv_width**-0.5)
+        self.projection = uniform(channels, sum(self.split), bound=channels**-0.5)
+        self.step_weight = uniform(step_rank, channels, bound=step_rank**-0.5)
+        low, high = (math.log(bound) for bound in step_range)
+        step = torch.exp(torch.empty(directions, channels).uniform_(low, high)).clamp(min=step_floor)
+        self.step_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # softplus of it is the step
+        states = torch.arange(1, state_dim + 1, dtype=torch.float32)
+        self.A_log = nn.Parameter(torch.log(states).repeat(directions, channels, 1))
+        self.D = nn.Parameter(torch.ones(directions, channels))
+
+    def forward(
+        self, x: torch.Tensor, spatial_shape: list[int], condition: Optional[torch.Tensor] = None
+    ) -> torch.Tensor:
+        """
+        Args:
+            x: content of the tokens in raster order, ``(B, L, channels)``.
+            spatial_shape: ``[H, W]`` or ``[H, W, D]`` with product L.
+            condition: tokens ``(B, L, channels)`` that step, input and output matrices are projected from; the
+                convolved content by default.
+
+        Returns:
+            ``(B, L, channels)``.
+        """
+        content = to_sequences(x, spatial_shape, self.orders)
+        content = F.silu(self._causal_conv(content))
+        source = content if condition is None else to_sequences(condition, spatial_shape, self.orders)
+        step, B, C = torch.matmul(source, self.projection).split(self.split, dim=-1)
+        y = selective_scan_channels_last(
+            content,
+            torch.matmul(step, self.step_weight),
+            -torch.exp(self.A_log.float()),
+            B,
+            C,
+            D=self.D,
+            delta_bias=self.step_bias,
+            delta_softplus=True,
+        )
+        return to_raster(y, spatial_shape, self.orders).mean(dim=1)
+
+    def _causal_conv(self, x: torch.Tensor) -> torch.Tensor:
+        """Depthwise over ``(B, K, L, C)``; as shifted products, since a convolution would want channels first."""
+        length = x.shape[2]
+        taps = self.conv_weight.to(x.dtype).unbind(1)
+        x = F.pad(x, [0, 0, len(taps) - 1, 0])
+        y = self.conv_bias.to(x.dtype).unsqueeze(1)
+        for i, tap in enumerate(taps):
+            y = torch.addcmul(y, x[:, :, i : i + length], tap.unsqueeze(1))
+        return y

@@ -1,0 +1,182 @@
+# Copyright (c) ClinicalFMamba contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from monai.networks.layers.factories import Conv, Norm
+
+from custom_nets.blocks import (
+    CrossMambaBlock,
+    CrossModalChannelAttention,
+    DilatedGatedConvBlock,
+    MambaBlock,
+    TokenExchange,
+)
+from custom_nets.nets.registry import register_network
+from custom_nets.ops import scan_orders
+
+__all__ = ["ClinicalFMamba"]
+
+
+@register_network("clinicalfmamba")
+class ClinicalFMamba(nn.Module):
+    """ClinicalFMamba fuses two co-registered images of one brain into one image.
+
+    A convolutional encoder with shared weights, multi-directional Mamba on each modality's latent tokens, cross-modal
+    latent fusion, and a convolutional decoder that takes up the sources' full-resolution features through cross-modal
+    channel attention. From: Zhou and Khalvati, "ClinicalFMamba: Advancing Clinical Assessment using Mamba-based
+    Multimodal Neuroimaging Fusion", MICCAI MLMI 2025 (arXiv 2508.03008).
+
+    What differs between the published 2D and 3D networks follows ``spatial_dims``: the 2D one exchanges tokens before
+    the cross Mamba, has plain Mamba blocks before its decoder, convolution pyramids in its encoder and ReLU instead of
+    leaky ReLU in its decoder.
+
+    Args:
+        spatial_dims: 2 or 3.
+        in_channels: channels of both images together, the first half being the first image's.
+        out_channels: channels of the fused image.
+        channels: channels of the encoder's stages.
+        strides: stride (1 or 2) of each stage. The paper uses (1, 2, 2) for 128 x 128 slices.
+        dilations: dilation of each stage's gated block.
+        latent_depth: Mamba blocks on each modality's tokens.
+        state_dim: states per channel of the multi-directional scans.
+        scan: ``"cross"`` (2D), ``"tri_plane"`` (3D) or ``"raster"`` (one direction, the paper's ablation); by default
+            the one of the paper.
+        cross_mamba: whether the modalities' tokens are fused by cross Mamba; without it they are averaged.
+        cross_modal_attention: whether the sources' full-resolution features are added through channel attention.
+
+    Raises:
+        ValueError: if the arguments do not fit together.
+
+    Examples::
+
+        # two co-registered slices of any size
+        net = ClinicalFMamba(spatial_dims=2)
+        fused = net(torch.rand(4, 2, 256, 256))  # (4, 1, 256, 256), in [0, 1]
+
+        # two co-registered volumes
+        net = ClinicalFMamba(spatial_dims=3)
+        fused = net(torch.rand(1, 2, 96, 96, 64))  # (1, 1, 96, 96, 64)
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int = 2,
+        in_channels: int = 2,
+        out_channels: int = 1,
+        channels: Sequence[int] = (32, 64, 128),
+        strides: Sequence[int] = (2, 2, 2),
+        dilations: Sequence[int] = (1, 3, 5),
+        latent_depth: int = 5,
+        state_dim: int = 8,
+        scan: str | None = None,
+        cross_mamba: bool = True,
+        cross_modal_attention: bool = True,
+    ) -> None:
+        super().__init__()
+        if spatial_dims not in (2, 3):
+            raise ValueError(f"spatial_dims should be 2 or 3, got {spatial_dims}.")
+        if in_channels < 2 or in_channels % 2 != 0:
+            raise ValueError(f"in_channels should be even, half of them for each image, got {in_channels}.")
+        if not len(channels) == len(strides) == len(dilations):
+            raise ValueError("channels, strides and dilations should have one entry for each stage of the encoder.")
+        if any(stride not in (1, 2) for stride in strides):
+            raise ValueError(f"strides should be 1 or 2, got {tuple(strides)}.")
+        published_2d = spatial_dims == 2
+        conv = Conv[Conv.CONV, spatial_dims]
+        self.stride = math.prod(strides)
+        self.spatial_dims = spatial_dims
+        features, latent = channels[0], channels[-1]
+
+        self.stem = conv(in_channels // 2, features, 3, padding=1)
+        self.encoder = nn.Sequential()
+        for incoming, outgoing, stride, dilation in zip([features, *channels], channels, strides, dilations):
+            kernel_size = 2 if stride == 2 else 3
+            self.encoder.append(conv(incoming, outgoing, kernel_size, stride, padding=(kernel_size - 1) // 2))
+            self.encoder.append(DilatedGatedConvBlock(spatial_dims, outgoing, dilation, pyramid=published_2d))
+
+        raster = scan_orders("raster", spatial_dims)
+        directions = scan_orders(scan or ("cross" if published_2d else "tri_plane"), spatial_dims)
+
+        def latent_blocks() -> nn.ModuleList:
+            return nn.ModuleList(MambaBlock(latent, directions, state_dim) for _ in range(latent_depth))
+
+        self.latent_x, self.latent_y = latent_blocks(), latent_blocks()
+        self.exchange = TokenExchange(latent, raster) if published_2d else None
+        self.cross_x = CrossMambaBlock(latent, directions, state_dim) if cross_mamba else None
+        self.cross_y = CrossMambaBlock(latent, directions, state_dim) if cross_mamba else None
+        self.merge = nn.Linear(latent, latent)
+
+        self.refine = nn.ModuleList()
+        if published_2d:
+            self.refine.extend(MambaBlock(latent, raster, state_dim, normalise=False) for _ in range(3))
+        self.refine_norm = nn.LayerNorm(latent) if published_2d else nn.Identity()
+
+        self.decoder = nn.Sequential()
+        halvings = [i for i, stride in enumerate(strides) if stride == 2]
+        for i in reversed(halvings):
+            self.decoder.append(nn.Upsample(scale_factor=2.0, mode="nearest"))
+            self.decoder.append(conv(channels[i], features if i == 0 else channels[i - 1], 3, padding=1))
+            self.decoder.append(Norm[Norm.BATCH, spatial_dims](features if i == 0 else channels[i - 1]))
+            if i != halvings[0]:
+                self.decoder.append(nn.ReLU() if published_2d else nn.LeakyReLU(0.2))
+
+        self.skip = CrossModalChannelAttention(spatial_dims, features) if cross_modal_attention else None
+        self.head = conv(features, out_channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            x: the two images, ``(B, in_channels, H, W[, D])`` with values in [0, 1], of any spatial size.
+
+        Returns:
+            the fused image, ``(B, out_channels, H, W[, D])`` with values in [0, 1].
+        """
+        size = x.shape[2:]
+        padding: list[int] = []
+        for length in size[::-1]:
+            padding += [0, -length % self.stride]
+        x = F.pad(x, padding, mode="replicate")
+
+        # Both images pass the shared encoder as one batch.
+        stem = self.stem(torch.cat(x.chunk(2, dim=1)))
+        features = self.encoder(stem)
+        spatial_shape = list(features.shape[2:])
+        tokens_x, tokens_y = features.flatten(2).transpose(1, 2).chunk(2)
+        for block_x, block_y in zip(self.latent_x, self.latent_y):
+            tokens_x, tokens_y = block_x(tokens_x, spatial_shape), block_y(tokens_y, spatial_shape)
+        tokens = self._fuse(tokens_x, tokens_y, spatial_shape)
+
+        fused = self.decoder(tokens.transpose(1, 2).unflatten(2, spatial_shape))
+        if self.skip is not None:
+            stem_x, stem_y = stem.chunk(2)
+            fused = fused + self.skip(stem_x, stem_y)
+        fused = torch.sigmoid(self.head(fused))
+        for axis, length in enumerate(size):
+            fused = fused.narrow(axis + 2, 0, length)
+        return fused
+
+    def _fuse(self, x: torch.Tensor, y: torch.Tensor, spatial_shape: list[int]) -> torch.Tensor:
+        """Latent tokens of the two images, each ``(B, L, C)``, to those of the fused one."""
+        if self.exchange is not None:
+            x, y = self.exchange(x, y, spatial_shape)
+        if self.cross_x is not None and self.cross_y is not None:
+            x, y = self.cross_x(x, y, spatial_shape), self.cross_y(y, x, spatial_shape)
+        tokens = self.merge((x + y) / 2)
+        for block in self.refine:
+            tokens = block(tokens, spatial_shape)
+        return self.refine_norm(tokens)

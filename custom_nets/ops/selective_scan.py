@@ -1,0 +1,184 @@
+# Copyright (c) ClinicalFMamba contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The selective scan of Mamba (Gu and Dao, 2023, arXiv 2312.00752, Algorithm 2) behind one call for every back end."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from custom_nets.ops.selective_scan_torch import selective_scan_torch
+
+__all__ = ["selective_scan", "selective_scan_channels_last", "scan_backend", "BACKEND_VARIABLE"]
+
+BACKEND_VARIABLE = "CUSTOM_NETS_SCAN"
+_BACKENDS = ("torch", "mamba_ssm")
+
+
+@cache
+def _mamba_ssm_scan() -> Callable | None:
+    """mamba-ssm's function, or None: the package installs without its compiled kernel, so that is what counts."""
+    if importlib.util.find_spec("mamba_ssm") is None or importlib.util.find_spec("selective_scan_cuda") is None:
+        return None
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    return selective_scan_fn
+
+
+def scan_backend(device: torch.device, dtype: torch.dtype) -> str:
+    """Name of the back end that serves tensors of ``dtype`` on ``device``.
+
+    ``mamba_ssm`` on CUDA where its kernel is installed, else ``torch``. The environment variable
+    ``CUSTOM_NETS_SCAN`` (``torch`` or ``mamba_ssm``) forces one.
+
+    Raises:
+        ValueError: if the variable names no back end.
+        RuntimeError: if the forced back end can not serve the call, saying why.
+    """
+    forced = os.environ.get(BACKEND_VARIABLE, "")
+    if forced and forced not in _BACKENDS:
+        raise ValueError(f"{BACKEND_VARIABLE}={forced} names no back end, choose one of {', '.join(_BACKENDS)}.")
+    if forced == "torch":
+        return "torch"
+    if device.type != "cuda":
+        obstacle = f"it needs CUDA tensors, these are on {device.type}"
+    elif dtype == torch.float64:
+        obstacle = "it has no float64 kernel"
+    elif _mamba_ssm_scan() is None:
+        obstacle = "mamba-ssm or its compiled module selective_scan_cuda is not installed"
+    else:
+        return "mamba_ssm"
+    if forced:
+        raise RuntimeError(f"the scan back end mamba_ssm can not serve this call: {obstacle}.")
+    return "torch"
+
+
+def selective_scan_channels_last(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Optional[Tensor] = None,
+    delta_bias: Optional[Tensor] = None,
+    delta_softplus: bool = False,
+) -> Tensor:
+    """Selective scan of K directions at once, channels last, as the networks of this package hold their tokens.
+
+    Args:
+        u: input, ``(B, K, L, D)``.
+        delta: step before bias and softplus, ``(B, K, L, D)``.
+        A: real state matrix (negative), ``(K, D, N)``.
+        B: input matrix of each token, ``(B, K, L, N)``.
+        C: output matrix of each token, ``(B, K, L, N)``.
+        D: skip connection, ``(K, D)``.
+        delta_bias: added to ``delta``, ``(K, D)``.
+        delta_softplus: whether ``delta`` goes through softplus.
+
+    Returns:
+        ``(B, K, L, D)`` in the dtype of ``u``; computed in float32, in float64 if ``u`` is float64.
+    """
+    if not torch.jit.is_scripting():
+        if scan_backend(u.device, u.dtype) == "mamba_ssm":
+            sequence = [x.transpose(2, 3) for x in (u, delta, B, C)]
+            parameters = [None if x is None else x.flatten(0, 1) for x in (A, D, delta_bias)]
+            y = selective_scan(
+                sequence[0].flatten(1, 2),
+                sequence[1].flatten(1, 2),
+                parameters[0],
+                sequence[2],
+                sequence[3],
+                D=parameters[1],
+                delta_bias=parameters[2],
+                delta_softplus=delta_softplus,
+            )
+            return y.unflatten(1, u.shape[1::2]).transpose(2, 3)
+    step = delta if delta.dtype == torch.float64 else delta.float()
+    if delta_bias is not None:
+        step = step + delta_bias.unsqueeze(1).to(step.dtype)
+    if delta_softplus:
+        step = F.softplus(step)
+    y = selective_scan_torch(u, step, A, B, C)
+    if D is not None:
+        y = y + u * D.unsqueeze(1)
+    return y.to(u.dtype)
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Optional[Tensor] = None,
+    z: Optional[Tensor] = None,
+    delta_bias: Optional[Tensor] = None,
+    delta_softplus: bool = False,
+) -> Tensor:
+    """Selective scan with the shapes and the meaning of mamba-ssm's ``selective_scan_fn``.
+
+    Args:
+        u: input, ``(B, D, L)``.
+        delta: step before bias and softplus, ``(B, D, L)``.
+        A: real state matrix (negative), ``(D, N)``.
+        B: input matrix of each token, ``(B, N, L)``, or ``(B, G, N, L)`` for G groups of D / G channels.
+        C: output matrix of each token, shaped as ``B``.
+        D: skip connection, ``(D,)``.
+        z: gate, ``(B, D, L)``; the output is multiplied by ``silu(z)``.
+        delta_bias: added to ``delta``, ``(D,)``.
+        delta_softplus: whether ``delta`` goes through softplus.
+
+    Returns:
+        ``(B, D, L)`` in the dtype of ``u``; computed in float32, in float64 if ``u`` is float64.
+
+    Raises:
+        ValueError: if the shapes do not fit together.
+    """
+    if B.dim() == 3:
+        B = B.unsqueeze(1)
+    if C.dim() == 3:
+        C = C.unsqueeze(1)
+    batch, channels, length = u.shape
+    groups = B.shape[1]
+    expected = (batch, groups, A.shape[-1], length)
+    if u.shape != delta.shape or A.shape[0] != channels or channels % groups != 0:
+        raise ValueError(f"u {u.shape}, delta {delta.shape}, A {A.shape} and {groups} groups do not fit together.")
+    if B.shape != expected or C.shape != expected:
+        raise ValueError(f"B {B.shape} and C {C.shape} should both be {expected} for u {u.shape} and A {A.shape}.")
+    if not torch.jit.is_scripting():
+        if scan_backend(u.device, u.dtype) == "mamba_ssm":
+            scan = _mamba_ssm_scan()
+            assert scan is not None
+            delta, B, C = (x.to(u.dtype) for x in (delta, B, C))
+            A, D, delta_bias = (None if x is None else x.float() for x in (A, D, delta_bias))
+            return scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    shape = [groups, channels // groups]
+    y = selective_scan_channels_last(
+        u.unflatten(1, shape).transpose(2, 3),
+        delta.unflatten(1, shape).transpose(2, 3),
+        A.unflatten(0, shape),
+        B.transpose(2, 3),
+        C.transpose(2, 3),
+        D=None if D is None else D.unflatten(0, shape),
+        delta_bias=None if delta_bias is None else delta_bias.unflatten(0, shape),
+        delta_softplus=delta_softplus,
+    )
+    y = y.transpose(2, 3).flatten(1, 2)
+    return y if z is None else y * F.silu(z)
+
