@@ -1,0 +1,403 @@
+# Copyright (c) ClinicalFMamba contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Data lists: find co-registered pairs, split them by subject, write the splits down."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch.distributed as dist
+from PIL import Image
+
+__all__ = ["find_pairs", "make_splits", "pair_splits", "replacing", "stem"]
+
+SPLITS = ("training", "validation", "test")
+PICTURES = (".png", ".tif", ".tiff", ".jpg")
+EXTENSIONS = (".nii.gz", ".nii", ".nrrd", ".mha", *PICTURES)
+# AANLIB names a slice <subject><three digits of slice number>
+SLICE_SUBJECT = r"^(.+?)[_.-]?\d{3}$"
+# BIDS and BraTS 2023 name the sessions of one patient apart; any other volume is its own subject
+VOLUME_SUBJECT = r"^(sub-[A-Za-z0-9]+|BraTS-[A-Z]+-\d{5})(?=[_-])"
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary name beside ``path`` (same extension); on success it takes the place of ``path``."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def stem(path: str | os.PathLike) -> str:
+    """File name without its extension, ``.nii.gz`` counting as one."""
+    name = Path(path).name
+    extension = next((e for e in EXTENSIONS if name.lower().endswith(e)), Path(name).suffix)
+    return name[: len(name) - len(extension)]
+
+
+def find_pairs(
+    dataset_dir: str | os.PathLike,
+    modalities: Sequence[str | Sequence[str]],
+    datalist: str | os.PathLike | None = None,
+    split: str | None = None,
+    subject_pattern: str | None = None,
+) -> list[dict]:
+    """
+    Find the co-registered image pairs below ``dataset_dir``. Three layouts are understood:
+
+    - two sibling folders, named as the modalities, with equal file names (``CT-MRI/MRI/16003.png``,
+      ``CT-MRI/CT/16003.png``), anywhere below ``dataset_dir``;
+    - files with the modality as suffix (``HGG/CASE/CASE_t2.nii.gz``, ``HGG/CASE/CASE_flair.nii.gz``, the layout of
+      BraTS; the separator is ``_``, ``-`` or ``.``), anywhere below ``dataset_dir``;
+    - a MONAI data-list JSON with any of the keys ``training``, ``validation`` and ``test``.
+
+    Args:
+        dataset_dir: folder with the images; the paths in ``datalist`` are relative to it.
+        modalities: name of the first and of the second image, in any case. The second may be a list of alternatives:
+            ``["MRI", ["CT", "SPECT", "PET"]]``.
+        datalist: JSON file to read instead of searching.
+        split: the one key of ``datalist`` to read; all of them when not given.
+        subject_pattern: regular expression whose first group, searched in a case's name, is its subject. By default,
+            the name without its last three digits for pictures (slices), and for volumes the case itself, with the
+            sessions of one patient in BIDS and BraTS 2023 names taken together.
+
+    Returns:
+        dictionaries with ``image`` (absolute paths), ``case`` (unique, fit for a file name), ``subject`` and ``task``
+        (the kind of pair: the folder that the modalities' or the cases' folders lie in).
+
+    Raises:
+        FileNotFoundError: when ``dataset_dir``, ``datalist`` or a file in it does not exist, or no pair is found.
+        ValueError: when an image has no partner, can not be read, or differs in shape from its partner.
+    """
+    root = _root(dataset_dir)
+    if datalist is not None:
+        lists = _read_datalist(root, Path(datalist), subject_pattern)
+        if split is not None and split not in lists:
+            raise ValueError(f"datalist {datalist} lists nothing under '{split}', only under {', '.join(lists)}.")
+        return [pair for name, pairs in lists.items() if split in (None, name) for pair in pairs]
+    first, second = modalities
+    partners = [second] if isinstance(second, str) else list(second)
+    folders = _list_folders(root)
+    pairs = _sibling_folders(root, folders, str(first), partners) or _suffixed(root, folders, str(first), partners)
+    if not pairs:
+        raise FileNotFoundError(
+            f"No pairs of {first} and {' or '.join(partners)} below {root}: expected two folders with equal file names"
+            f" ({first}/a.png, {partners[0]}/a.png) or files with suffixes (a_{first}.nii.gz, a_{partners[0]}.nii.gz);"
+            " set modalities to the names in use, or list the files in a datalist."
+        )
+    return _complete(pairs, subject_pattern)
+
+
+def _list_folders(root: Path) -> dict[Path, list[str]]:
+    folders: dict[Path, list[str]] = {}
+    seen: set[str] = set()
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        # a link to a folder above would be walked for ever
+        if (real := os.path.realpath(folder)) in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
+        folders[Path(folder)] = sorted(f for f in files if f.lower().endswith(EXTENSIONS) and not f.startswith("."))
+    return folders
+
+
+def _sibling_folders(root: Path, folders: dict[Path, list[str]], first: str, partners: list[str]) -> list[dict]:
+    siblings: dict[Path, dict[str, Path]] = defaultdict(dict)
+    for folder in folders:
+        siblings[folder.parent][folder.name.lower()] = folder
+    pairs = []
+    for parent, named in siblings.items():
+        present = [partner for partner in partners if partner.lower() in named]
+        if first.lower() not in named or not present or parent not in folders:
+            continue
+        mri = named[first.lower()]
+        alone = set(folders[mri])
+        for partner in present:
+            other = named[partner.lower()]
+            if missing := sorted(set(folders[other]).difference(folders[mri])):
+                raise ValueError(_no_partner(other / missing[0], mri / missing[0], len(missing)))
+            alone.difference_update(folders[other])
+            parts = parent.relative_to(root).parts
+            task = "/".join(parts if parts and len(present) == 1 else (*parts, partner))
+            pairs += [
+                {"image": [mri / name, other / name], "case": stem(name), "folder": task, "task": task}
+                for name in folders[other]
+            ]
+        if alone:
+            name = min(alone)
+            raise ValueError(_no_partner(mri / name, named[present[0].lower()] / name, len(alone)))
+    return pairs
+
+
+def _suffixed(root: Path, folders: dict[Path, list[str]], first: str, partners: list[str]) -> list[dict]:
+    suffixes = "|".join(re.escape(modality) for modality in (first, *partners))
+    pattern = re.compile(rf"^(?:(.+)[_.-])?({suffixes})$", re.IGNORECASE)
+    groups: dict[tuple[Path, str], dict[str, Path]] = defaultdict(dict)
+    for folder, files in folders.items():
+        for name in files:
+            if match := pattern.match(stem(name)):
+                group, modality = groups[folder, match[1] or ""], match[2].lower()
+                if modality in group:
+                    raise ValueError(f"{group[modality]} and {folder / name} are the same image twice: remove one.")
+                group[modality] = folder / name
+    # the prefix names the case unless all files are called alike (a/img_t2, b/img_t2): then the folder does
+    prefixes = [(folder.parent, prefix) for folder, prefix in groups]
+    by_prefix = len(set(prefixes)) == len(prefixes) and all(prefix for _, prefix in prefixes)
+    neighbours: dict[Path, set[Path]] = defaultdict(set)
+    for folder, _ in groups:
+        neighbours[folder.parent].add(folder)
+    pairs = []
+    for (folder, prefix), group in groups.items():
+        present = [partner for partner in partners if partner.lower() in group]
+        if first.lower() not in group or not present:
+            here = next(iter(group.values()))
+            missing = partners[0] if first.lower() in group else first
+            raise ValueError(_no_partner(here, here.with_name(f"{prefix}_{missing}".lstrip("_") + ".*"), 1))
+        parent = "/".join(folder.parent.relative_to(root).parts) if folder != root else ""
+        # HGG and LGG tell a kind of pair, the folder of a single case does not
+        task = parent if len(neighbours[folder.parent]) > 1 else ""
+        for partner in present:
+            pairs.append(
+                {
+                    "image": [group[first.lower()], group[partner.lower()]],
+                    "case": prefix if by_prefix else folder.name,
+                    "folder": f"{parent}/{partner}".lstrip("/") if len(present) > 1 else parent,
+                    "task": f"{task}/{partner}".lstrip("/") if len(partners) > 1 else task,
+                }
+            )
+    return pairs
+
+
+def _no_partner(image: Path, partner: Path, count: int) -> str:
+    more = f" ({count} images are alone)" if count > 1 else ""
+    return f"{image} has no partner, {partner} does not exist{more}: add it, or take the image out of the data set."
+
+
+def _read_datalist(root: Path, path: Path, subject_pattern: str | None) -> dict[str, list[dict]]:
+    # monai's load_decathlon_datalist would turn a case name that is also the name of a folder into a path
+    if not path.is_file():
+        raise FileNotFoundError(f"datalist {path} does not exist.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"datalist {path} is not valid JSON: {error}.") from error
+    lists: dict[str, list[dict]] = {}
+    for key in SPLITS:
+        for entry in content.get(key, []):
+            item = dict(entry) if isinstance(entry, dict) else {"image": entry}
+            if "image" not in item:
+                raise ValueError(f"datalist {path} has an item without 'image' under '{key}'.")
+            files = [item["image"]] if isinstance(item["image"], str) else item["image"]
+            item["image"] = [root / file for file in files]
+            item.setdefault("case", _common_name(item["image"]))
+            lists.setdefault(key, []).append({**item, "folder": item["image"][0].parent.name})
+    if not lists:
+        raise ValueError(f"datalist {path} lists nothing under {', '.join(SPLITS)}.")
+    pairs = iter(_complete([item for items in lists.values() for item in items], subject_pattern))
+    return {key: [next(pairs) for _ in items] for key, items in lists.items()}
+
+
+def _common_name(files: Sequence[Path]) -> str:
+    """``CASE`` for ``CASE_t2.nii.gz`` and ``CASE_flair.nii.gz``."""
+    stems = [stem(file) for file in files]
+    if len(set(stems)) == 1:
+        return stems[0]
+    return re.sub(r"[_.-][^_.-]*$", "", os.path.commonprefix(stems)) or stems[0]
+
+
+def _complete(pairs: list[dict], subject_pattern: str | None) -> list[dict]:
+    """Check the files of every pair, give it its subject and, where names repeat, a case name of its own."""
+    for pair in pairs:
+        shapes = [_shape(file) for file in pair["image"]]
+        if len({shape for shape in shapes if shape}) > 1:
+            found = " and ".join(f"{file} {shape}" for file, shape in zip(pair["image"], shapes))
+            raise ValueError(f"The images of a pair differ in shape, {found}: register and resample one to the other.")
+    repeated = len({pair["case"] for pair in pairs}) < len(pairs)
+    complete = []
+    for pair in pairs:
+        folder, case = pair.pop("folder"), pair["case"]
+        default = SLICE_SUBJECT if pair["image"][0].name.lower().endswith(PICTURES) else VOLUME_SUBJECT
+        match = re.search(subject_pattern or default, case)
+        name = f"{folder}_{case}" if repeated and folder else case
+        images = [str(file) for file in pair["image"]]
+        complete.append(
+            {
+                **pair,
+                "image": images if len(images) > 1 else images[0],
+                "case": re.sub(r"[^\w.-]+", "_", name, flags=re.ASCII),
+                "subject": str(pair.get("subject", match[1] if match else case)),
+                "task": pair.get("task", ""),
+            }
+        )
+    names: set[str] = set()
+    for pair in complete:
+        if pair["case"] in names:
+            raise ValueError(f"Case {pair['case']} occurs twice: give every item of a datalist its own 'case'.")
+        names.add(pair["case"])
+    return complete
+
+
+def _shape(file: Path) -> tuple[int, ...]:
+    """Spatial shape from the header alone; empty for what has no single one (a DICOM folder in a datalist)."""
+    name = file.name.lower()
+    if not file.exists():
+        raise FileNotFoundError(f"{file} does not exist: correct the datalist or dataset_dir.")
+    try:
+        if name.endswith(PICTURES):
+            with Image.open(file) as picture:
+                return picture.size
+        if name.endswith((".nii", ".nii.gz")):
+            shape = nib.load(file).shape  # type: ignore[attr-defined]
+            return tuple(shape[:-1] if len(shape) == 4 and shape[-1] == 1 else shape)
+        if name.endswith((".nrrd", ".mha")):
+            with open(file, "rb") as stream:
+                header = stream.read(4096).decode("latin-1")
+            return tuple(int(n) for n in re.findall(r"(?m)^(?:sizes:|DimSize =)([ \d]+)", header)[0].split())
+    except (OSError, IndexError, ValueError, nib.filebasedimages.ImageFileError) as error:
+        raise ValueError(f"{file} can not be read as an image: replace it, or take its pair out.") from error
+    return ()
+
+
+def make_splits(
+    pairs: Sequence[dict],
+    val_fraction: float = 0.1,
+    test_fraction: float = 0.2,
+    seed: int = 0,
+    split_by: str = "subject",
+) -> dict[str, list[dict]]:
+    """
+    Divide pairs into training, validation and test, each task by itself.
+
+    By subject, no subject lies in two splits, in whatever tasks it occurs. Every task keeps a training subject; with
+    two subjects or more it has one in the test split, with three or more one in the validation split, wherever the
+    sharing of subjects between tasks allows it. Fractions are shares of a task's pairs, met as nearly as whole
+    subjects can.
+
+    Args:
+        pairs: items with ``subject``, and ``task`` where there are several kinds, as :func:`find_pairs` returns them.
+        val_fraction: share of the pairs to validate with.
+        test_fraction: share of the pairs to test with.
+        seed: decides which subjects are drawn.
+        split_by: ``"subject"``, or ``"slice"`` for the paper's protocol, which draws single pairs at random and so
+            has neighbouring slices of one subject on both sides.
+
+    Raises:
+        ValueError: when a fraction or ``split_by`` is out of range, or a split that is asked for can not be filled.
+    """
+    if split_by not in ("subject", "slice"):
+        raise ValueError(f"split_by must be 'subject' or 'slice', not '{split_by}'.")
+    if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
+        raise ValueError(f"val_fraction {val_fraction} and test_fraction {test_fraction} must leave pairs to train on.")
+    units = [str(pair["subject"] if split_by == "subject" else index) for index, pair in enumerate(pairs)]
+    sizes: dict[str, Counter[str]] = defaultdict(Counter)
+    tasks: dict[str, set[str]] = defaultdict(set)
+    for unit, pair in zip(units, pairs):
+        sizes[pair.get("task", "")][unit] += 1
+        tasks[unit].add(pair.get("task", ""))
+    order = sorted(tasks)
+    np.random.RandomState(seed).shuffle(order)
+
+    free = {task: len(sizes[task]) for task in sizes}
+    assigned: dict[str, str] = {}
+    for split, fraction in (("test", test_fraction), ("validation", val_fraction)):
+        held = dict.fromkeys(sizes, 0)
+        # what stays free: a subject to train on and, where there are three, one to validate with
+        keep = {task: 2 if split == "test" and len(sizes[task]) > 2 else 1 for task in sizes}
+        # tasks with few subjects choose first, the others take account of what is drawn already
+        for task in sorted(sizes if fraction else (), key=lambda t: (len(sizes[t]), t)):
+            target = fraction * sizes[task].total()
+            for unit in (u for u in order if u in sizes[task] and u not in assigned):
+                fits = held[task] == 0 or held[task] + sizes[task][unit] / 2 <= target
+                if fits and all(free[t] > keep[t] for t in tasks[unit]):
+                    assigned[unit] = split
+                    for t in tasks[unit]:
+                        free[t] -= 1
+                        held[t] += sizes[t][unit]
+        if fraction and not any(held.values()):
+            raise ValueError(
+                f"{len(order)} subject(s) are too few for a {split} split: set its fraction to 0, tell the subjects"
+                " apart with subject_pattern, or split_by 'slice'."
+            )
+        for task in (t for t in sizes if fraction and not held[t]):
+            logging.getLogger(__name__).warning(f"Task '{task}' has no subject to spare for the {split} split.")
+    splits: dict[str, list[dict]] = {name: [] for name in SPLITS}
+    for unit, pair in zip(units, pairs):
+        splits[assigned.get(unit, "training")].append(pair)
+    return splits
+
+
+def pair_splits(
+    dataset_dir: str | os.PathLike,
+    modalities: Sequence[str | Sequence[str]],
+    datalist: str | os.PathLike | None = None,
+    val_fraction: float = 0.1,
+    test_fraction: float = 0.2,
+    split_by: str = "subject",
+    seed: int = 0,
+    subject_pattern: str | None = None,
+    output_file: str | os.PathLike | None = None,
+) -> dict[str, list[dict]]:
+    """
+    Find the pairs and split them: :func:`find_pairs`, then :func:`make_splits`. A ``datalist`` is taken as it is,
+    except that one with ``training`` items only is split.
+
+    Args:
+        output_file: where to write the splits as a data-list JSON, with paths relative to ``dataset_dir``; given as
+            ``datalist``, it repeats them. The other arguments are those of the two functions.
+
+    Returns:
+        ``{"training": [...], "validation": [...], "test": [...]}``.
+    """
+    root = _root(dataset_dir)
+    lists: dict[str, list[dict]] = {}
+    if datalist is not None:
+        lists = _read_datalist(root, Path(datalist), subject_pattern)
+    if set(lists) <= {"training"}:
+        pairs = lists.get("training") or find_pairs(root, modalities, subject_pattern=subject_pattern)
+        lists = make_splits(pairs, val_fraction, test_fraction, seed, split_by)
+    lists = {name: lists.get(name, []) for name in SPLITS}
+    main_process = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+    if output_file is not None and main_process:
+        relative = {
+            name: [{**pair, "image": _relative(pair["image"], root)} for pair in pairs] for name, pairs in lists.items()
+        }
+        with replacing(output_file) as temporary:
+            text = json.dumps({"split_by": split_by, "seed": seed, **relative}, indent=4)
+            temporary.write_text(text + "\n", encoding="utf-8")
+    return lists
+
+
+def _root(dataset_dir: str | os.PathLike) -> Path:
+    root = Path(dataset_dir).expanduser().absolute()
+    if not root.is_dir():
+        raise FileNotFoundError(f"dataset_dir {root} is not a folder: set it to the folder that holds the images.")
+    return root
+
+
+def _relative(image: str | list[str], root: Path) -> str | list[str]:
+    if isinstance(image, list):
+        return [str(_relative(file, root)) for file in image]
+    return Path(image).relative_to(root).as_posix() if Path(image).is_relative_to(root) else image

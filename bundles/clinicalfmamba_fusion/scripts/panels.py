@@ -1,0 +1,188 @@
+# Copyright (c) ClinicalFMamba contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""One picture per case to look at: the sources, the fused image and what it adds to the MRI."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.data.utils import affine_to_spacing
+from monai.transforms import MapTransform, Orientation
+from monai.utils import convert_to_tensor
+
+from scripts.data import replacing
+from scripts.transforms import CaseName, rgb_to_ycbcr, ycbcr_to_rgb
+
+__all__ = ["SavePaneld"]
+
+# which axis of an L-P-I volume a plane cuts, and what its left and upper edges show
+PLANES = {"axial": (2, "R", "A"), "coronal": (1, "R", "S"), "sagittal": (0, "A", "S")}
+FOREGROUND = 0.1
+THIN = 0.25
+COLUMN_INCHES = 2.6
+DPI = 140
+
+
+@dataclass
+class _Row:
+    """Pictures ``(height, width[, 3])`` of one plane, upright, and the size of their field of view."""
+
+    pictures: list[np.ndarray]
+    height: float
+    width: float
+    plane: str = ""
+
+
+class SavePaneld(MapTransform):
+    """
+    Save ``<output_dir>/<case>/<case>_panel.png``: MRI, partner (in colour if the item has chroma), fused image, and
+    the difference of fused image and MRI. A slice gives one row; a volume gives one row for each of the axial, coronal
+    and sagittal planes through the middle of its content, as a radiologist sees them (the patient's right on the left),
+    and only the planes of a slab that are not thin strips.
+
+    Args:
+        keys: keys of the fused images, ``(1, H, W[, D])`` or RGB ``(3, H, W[, D])``, in [0, 1].
+        output_dir: folder for the case folders.
+        image_key: key of the sources ``(2, H, W[, D])`` in [0, 1], in the grid of the fused image.
+        chroma_key: key of the partner's chroma, which an item may have (see ``LoadPaird``).
+        titles: names of the two sources.
+        difference_limit: end of the colour scale of the difference, on both sides.
+        allow_missing_keys: do not raise when a key is missing.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection = "pred",
+        output_dir: str | Path = "./",
+        image_key: str = "image",
+        chroma_key: str = "chroma",
+        titles: Sequence[str] = ("MRI", "Partner"),
+        difference_limit: float = 0.5,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.output_dir = Path(output_dir)
+        self.image_key = image_key
+        self.chroma_key = chroma_key
+        self.titles = (*titles, "Fused", f"Fused \N{MINUS SIGN} {titles[0]}")
+        self.difference_limit = difference_limit
+        self.case_name = CaseName()
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            case = Path(self.case_name(getattr(d[key], "meta", None), self)["subject"]).stem
+            columns = _columns(d[self.image_key], d[key], d.get(self.chroma_key))
+            affine = getattr(d[key], "affine", torch.eye(4))
+            rows = _planes(columns, affine) if columns[0].ndim == 4 else [_slice(columns, affine)]
+            with replacing(self.output_dir / case / f"{case}_panel.png") as temporary:
+                self._draw(case, rows).savefig(temporary, dpi=DPI)
+        return d
+
+    def _draw(self, case: str, rows: Sequence[_Row]) -> Figure:
+        # every millimetre has one size on the page, whatever the plane
+        scale = COLUMN_INCHES / max(row.width for row in rows)
+        heights = [row.height * scale for row in rows]
+        gap, left, right, top, bottom = 0.06, 0.1, 0.85, 0.66, 0.1
+        columns = len(self.titles)
+        width = left + columns * COLUMN_INCHES + (columns - 1) * gap + right
+        height = top + sum(heights) + (len(rows) - 1) * gap + bottom
+        figure = Figure(figsize=(width, height), facecolor="white")
+        FigureCanvasAgg(figure)
+        figure.text(left / width, 1 - 0.12 / height, case, ha="left", va="top", fontsize=12, fontweight="bold")
+        limit, y = self.difference_limit, height - top
+        for row, row_height in zip(rows, heights):
+            y -= row_height
+            for column, picture in enumerate(row.pictures):
+                x = left + column * (COLUMN_INCHES + gap)
+                axes = figure.add_axes((x / width, y / height, COLUMN_INCHES / width, row_height / height))
+                axes.set_xticks([])
+                axes.set_yticks([])
+                axes.spines[:].set_visible(False)
+                colours: dict[str, Any] = {"cmap": "gray", "vmin": 0, "vmax": 1}
+                if column == columns - 1:
+                    colours = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
+                extent = (0, row.width, row.height, 0)
+                shown = axes.imshow(picture, **colours, aspect="auto", extent=extent)
+                # a plane narrower than the others stands in the middle of its column
+                axes.set_facecolor(shown.to_rgba(0.0))  # type: ignore[arg-type]
+                axes.set_xlim((row.width - COLUMN_INCHES / scale) / 2, (row.width + COLUMN_INCHES / scale) / 2)
+                if row is rows[0]:
+                    axes.set_title(self.titles[column], fontsize=11, pad=5)
+                if row.plane and column == 0:
+                    _name_edges(axes, row.plane)
+            y -= gap
+        bar_height = min(COLUMN_INCHES, sum(heights)) * 0.9
+        middle = bottom + (height - top - bottom) / 2
+        bar = figure.add_axes(
+            ((width - right + 0.1) / width, (middle - bar_height / 2) / height, 0.12 / width, bar_height / height)
+        )
+        figure.colorbar(shown, cax=bar, extend="both", ticks=[-limit, -limit / 2, 0, limit / 2, limit])
+        bar.tick_params(labelsize=8)
+        bar.set_ylabel("share of the display range", fontsize=8)
+        return figure
+
+
+def _name_edges(axes: Axes, plane: str) -> None:
+    _, left, upper = PLANES[plane]
+    outline = withStroke(linewidth=2, foreground="black")
+    for x, y, text, align in ((0.02, 0.5, left, "left"), (0.5, 0.94, upper, "center"), (0.02, 0.05, plane, "left")):
+        axes.text(
+            x, y, text, ha=align, va="center", color="white", size=9, transform=axes.transAxes, path_effects=[outline]
+        )
+
+
+def _columns(sources: torch.Tensor, fused: torch.Tensor, chroma: torch.Tensor | None) -> list[torch.Tensor]:
+    """The four columns of the panel, channel first, grey ``(1, ...)`` or RGB ``(3, ...)``, on the CPU."""
+    image, pred = (convert_to_tensor(i, track_meta=False).detach().cpu().float() for i in (sources, fused))
+    mri, partner = image[:1], image[1:]
+    if chroma is not None:
+        partner = ycbcr_to_rgb(partner, convert_to_tensor(chroma, track_meta=False).cpu())
+    luma = rgb_to_ycbcr(pred)[0] if pred.shape[0] == 3 else pred
+    return [mri, partner, pred.clamp(0, 1), luma - mri]
+
+
+def _upright(picture: torch.Tensor) -> np.ndarray:
+    """``(C, x, y)``, the order of MONAI's readers, to ``(y, x)`` or ``(y, x, 3)``."""
+    return picture.permute(2, 1, 0).squeeze(-1).numpy()
+
+
+def _slice(columns: Sequence[torch.Tensor], affine: torch.Tensor) -> _Row:
+    size = np.multiply(columns[0].shape[1:], affine_to_spacing(affine, 2))
+    return _Row([_upright(column) for column in columns], height=float(size[1]), width=float(size[0]))
+
+
+def _planes(columns: Sequence[torch.Tensor], affine: torch.Tensor) -> list[_Row]:
+    # with axes that run to the left, to the back and down, each plane is upright as it lies in memory
+    orient = Orientation(axcodes="LPI", labels=(("L", "R"), ("P", "A"), ("I", "S")))
+    volume: MetaTensor = orient(MetaTensor(torch.cat(list(columns)), affine=affine))  # type: ignore[assignment]
+    size = np.multiply(volume.shape[1:], affine_to_spacing(volume.affine))
+    oriented = torch.split(volume.as_tensor(), [column.shape[0] for column in columns])
+    content = (torch.cat(oriented[:2]).amax(0) > FOREGROUND).nonzero()
+    middle = content.median(0).values.tolist() if len(content) else [n // 2 for n in volume.shape[1:]]
+    rows = []
+    for plane, (axis, _, _) in PLANES.items():
+        width, height = (float(s) for s in np.delete(size, axis))
+        if min(width, height) >= THIN * size.max():
+            pictures = [_upright(column.select(axis + 1, middle[axis])) for column in oriented]
+            rows.append(_Row(pictures, height, width, plane))
+    return rows

@@ -1,0 +1,108 @@
+# Copyright (c) ClinicalFMamba contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.data import DataLoader, Dataset, MetaTensor
+from monai.engines import SupervisedEvaluator
+from monai.transforms import Compose, CopyItemsd
+
+from scripts.inferers import FusionInferer
+from scripts.transforms import LoadPaird
+
+
+class Mean(torch.nn.Module):
+    """Mean of the sources; keeps the sizes it was called with."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.calls: list[tuple[int, ...]] = []
+        self.dtype = dtype
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert type(x) is torch.Tensor
+        self.calls.append(tuple(x.shape))
+        return x.mean(1, keepdim=True).to(self.dtype)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 24, 33), (1, 2, 16, 17, 18)])
+def test_whole_image_up_to_max_voxels(shape: tuple[int, ...]) -> None:
+    x, network = torch.rand(shape), Mean()
+    fused = FusionInferer(roi_size=8, max_voxels=int(np.prod(shape[2:])))(x, network)
+    assert network.calls == [shape]
+    assert torch.equal(fused, x.mean(1, keepdim=True)) and type(fused) is torch.Tensor
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 24, 33), (1, 2, 16, 17, 18)])
+def test_windows_above(shape: tuple[int, ...]) -> None:
+    x, network = torch.rand(shape), Mean()
+    inferer = FusionInferer(roi_size=8, max_voxels=int(np.prod(shape[2:])) - 1, overlap=0.5, sw_batch_size=4)
+    torch.testing.assert_close(inferer(x, network), x.mean(1, keepdim=True))
+    assert len(network.calls) > 1
+    assert {call[2:] for call in network.calls} == {(8,) * (len(shape) - 2)}
+    assert max(call[0] for call in network.calls) == 4
+
+
+@pytest.mark.parametrize(("roi_size", "window"), [((16, 16, 16), (16, 16, 10)), ((16, -1, 4), (16, 40, 4))])
+def test_window_larger_than_the_slab(roi_size: tuple[int, ...], window: tuple[int, ...]) -> None:
+    x, network = torch.rand(1, 2, 40, 40, 10), Mean()
+    torch.testing.assert_close(FusionInferer(roi_size, max_voxels=100)(x, network), x.mean(1, keepdim=True))
+    assert {call[2:] for call in network.calls} == {window}
+
+
+@pytest.mark.parametrize("max_voxels", [10, 10000])
+def test_half_precision_comes_back_as_the_input(max_voxels: int) -> None:
+    fused = FusionInferer(8, max_voxels)(torch.rand(1, 2, 20, 20), Mean(torch.bfloat16))
+    assert fused.dtype == torch.float32
+
+
+@pytest.mark.parametrize("max_voxels", [100, 100000])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_image_of_a_batch_keeps_its_metadata(tmp_path: Path, max_voxels: int, workers: int) -> None:
+    items, affines = [], {}
+    for number in range(3):
+        affine = np.diag([-1.0, 1.0 + number, 2.0, 1.0])
+        affine[:3, 3] = number
+        files = []
+        for modality in ("t2", "flair"):
+            files.append(str(tmp_path / f"{number}_{modality}.nii.gz"))
+            data = np.random.RandomState(number).rand(20, 18, 10).astype(np.float32)
+            nib.save(nib.Nifti1Image(data, affine), files[-1])
+        items.append({"image": files, "case": f"case{number}", "subject": f"case{number}"})
+        affines[f"case{number}"] = affine
+    dataset = Dataset(items, Compose([LoadPaird(), CopyItemsd("image", names="label")]))
+    seen = []
+
+    def collect(item: dict) -> dict:
+        seen.append(item)
+        return item
+
+    evaluator = SupervisedEvaluator(
+        device=torch.device("cpu"),
+        val_data_loader=DataLoader(dataset, batch_size=2, num_workers=workers),
+        network=Mean(),
+        inferer=FusionInferer((16, 16, 16), max_voxels),
+        postprocessing=collect,
+        decollate=True,
+    )
+    evaluator.run()
+    assert [item["case"] for item in seen] == ["case0", "case1", "case2"]
+    for item in seen:
+        pred = item["pred"]
+        assert isinstance(pred, MetaTensor) and pred.shape == (1, 20, 18, 10)
+        assert pred.meta["case"] == item["case"]
+        np.testing.assert_allclose(pred.affine, affines[item["case"]])
+        torch.testing.assert_close(pred.as_tensor(), item["image"].as_tensor().mean(0, keepdim=True))
