@@ -54,8 +54,8 @@ test-all: venv ## Run all tests, the slow ones too
 
 demo: venv ## Fuse generated brains in 2D and 3D with the shipped weights, and say where the pictures are
 	@echo "== Generating brains with a tumour in $(DEMO): MRI, CT and PET slices, T2 and FLAIR volumes"
-	@$(PHANTOM) --output_dir "$(DEMO)/slices" --kind slices --subjects 1
-	@$(PHANTOM) --output_dir "$(DEMO)/volumes" --kind volumes --subjects 1
+	@$(PHANTOM) --output_dir "$(DEMO)/slices" --kind slices --subjects 1 --seed 6
+	@$(PHANTOM) --output_dir "$(DEMO)/volumes" --kind volumes --subjects 1 --seed 6
 	@echo "== Fusing the slices (2D)"
 	@$(RUN) --config_file $(BUNDLE)/configs/inference.json \
 		--dataset_dir "$(DEMO)/slices" --output_dir "$(DEMO)/fused_slices"

@@ -37,6 +37,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bundles" / "clinicalfmamba_fusion")]
 
 from monai.bundle import ConfigParser  # noqa: E402
 from monai.transforms import Compose, ScaleIntensityRangePercentilesd  # noqa: E402
+
+from custom_nets.nets import build_network  # noqa: E402
 from scripts.data import find_pairs, replacing  # noqa: E402
 from scripts.losses import ClinicalFMambaLoss  # noqa: E402
 from scripts.metrics import (  # noqa: E402
@@ -46,8 +48,6 @@ from scripts.metrics import (  # noqa: E402
     SumOfCorrelationDifferencesMetric,
 )
 from scripts.transforms import LoadPaird  # noqa: E402
-
-from custom_nets.nets import build_network  # noqa: E402
 
 # sources (B, 2, H, W[, D]) in [0, 1] -> fused (B, 1, H, W[, D])
 Fuse = Callable[[torch.Tensor], torch.Tensor]
@@ -72,9 +72,9 @@ def optimise(sources: torch.Tensor, loss: torch.nn.Module, steps: int, lr: float
     Minimise ``loss`` over the fused pixels: Adam with a cosine schedule, projected to [0, 1], each case started from
     the better of average and maximum.
     """
-    starts = [RULES[rule](sources) for rule in ("average", "maximum")]
-    losses = torch.stack([losses_per_case(start, sources, loss) for start in starts])
-    fused = torch.stack(starts)[losses.argmin(dim=0), torch.arange(len(sources))].clone().requires_grad_()
+    average, maximum = RULES["average"](sources), RULES["maximum"](sources)
+    better = losses_per_case(average, sources, loss) < losses_per_case(maximum, sources, loss)
+    fused = torch.where(better.view(-1, *[1] * (sources.ndim - 1)), average, maximum).requires_grad_()
     optimiser = torch.optim.Adam([fused], lr=lr)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     for _ in tqdm(range(steps), desc="optimum", leave=False):
@@ -135,10 +135,12 @@ def load_batches(pairs: list[dict], size: int) -> list[tuple[str, torch.Tensor]]
 
 
 def pick(pairs: list[dict], limit: int | None) -> list[dict]:
-    """At most ``limit`` pairs of each task, evenly spread over its list."""
+    """At most ``limit`` pairs of each task, evenly spread over its list; a task is by default the pair's folder."""
     tasks = defaultdict(list)
     for pair in pairs:
-        tasks[pair["task"]].append(pair)
+        first = pair["image"][0] if isinstance(pair["image"], list) else pair["image"]
+        task = pair.get("task") or Path(first).parents[1].name
+        tasks[task].append({**pair, "task": task})
     picked = []
     for task in tasks.values():
         n = min(limit or len(task), len(task))
@@ -183,7 +185,7 @@ def main(
     loss: dict | None = None,
     spatial_dims: int = 2,
     steps: int = 1000,
-    lr: float = 0.02,
+    lr: float = 0.1,
     limit: int | None = None,
     batch_size: int = 16,
     device: str = "cpu",
@@ -197,7 +199,7 @@ def main(
         output_dir: folder for the tables.
         weights: state dict of a network to compare.
         config: bundle config whose ``network_def`` has these weights; by default the registered network's defaults.
-        loss: MONAI config of the loss, e.g. ``{_target_: scripts.losses.FusionSSIMLoss}``; by default the paper's.
+        loss: MONAI config of another loss than the paper's, ``'{"_target_": "scripts.losses.FusionSSIMLoss"}'``.
         spatial_dims: 2 or 3, of the paper's loss and of the default network.
         steps: optimisation steps.
         lr: first learning rate, in units of intensity.

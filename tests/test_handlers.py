@@ -22,6 +22,7 @@ import torch
 from monai.data import DataLoader, Dataset, MetaTensor
 from monai.engines import SupervisedEvaluator
 from monai.handlers import IgniteMetricHandler, from_engine
+
 from scripts.handlers import CaseMetricsSaver, write_case_metrics
 from scripts.metrics import EntropyMetric, FusionPSNRMetric
 

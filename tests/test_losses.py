@@ -18,10 +18,11 @@ from monai.data import MetaTensor
 from monai.metrics.regression import compute_ssim_and_cs
 from monai.transforms import SobelGradients
 from scipy import ndimage
+from skimage.metrics import structural_similarity
+
 from scripts.gradients import sobel
 from scripts.losses import ClinicalFMambaLoss, FusionGradientLoss, FusionIntensityLoss, FusionSSIMLoss
 from scripts.ssim import ssim
-from skimage.metrics import structural_similarity
 
 SHAPES = [(2, 1, 32, 27), (1, 1, 16, 20, 14), (2, 1, 24, 24, 10)]
 
@@ -80,6 +81,11 @@ def test_ssim_matches_skimage(shape):
     settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0}
     expected = [structural_similarity(fused[0, 0].numpy(), s.numpy(), **settings) for s in sources[0]]
     np.testing.assert_allclose(ssim(fused, sources)[0].numpy(), expected, atol=1e-4)
+
+
+def test_ssim_of_half_precision_is_computed_in_float32():
+    fused, sources = (i.bfloat16() for i in images(SHAPES[0]))
+    torch.testing.assert_close(ssim(fused, sources), ssim(fused.float(), sources.float()))
 
 
 def test_ssim_of_a_volume_constant_along_an_axis():

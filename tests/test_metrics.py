@@ -15,6 +15,9 @@ import numpy as np
 import pytest
 import torch
 from scipy import ndimage
+from skimage.measure import shannon_entropy
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
 from scripts.metrics import (
     EdgePreservationMetric,
     EntropyMetric,
@@ -22,8 +25,6 @@ from scripts.metrics import (
     FusionSSIMMetric,
     SumOfCorrelationDifferencesMetric,
 )
-from skimage.measure import shannon_entropy
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 ALL = [FusionPSNRMetric, FusionSSIMMetric, EdgePreservationMetric, SumOfCorrelationDifferencesMetric, EntropyMetric]
 SHAPES = [(3, 1, 32, 27), (2, 1, 16, 20, 14), (2, 1, 24, 24, 10)]

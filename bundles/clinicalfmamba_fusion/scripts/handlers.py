@@ -25,6 +25,7 @@ import torch
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor, decollate_batch
 from monai.utils import ImageMetaKey, string_list_all_gather
+
 from scripts.data import replacing, stem
 
 __all__ = ["CaseMetricsSaver", "write_case_metrics"]

@@ -14,9 +14,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from monai.utils import convert_to_tensor
+from torch.nn.modules.loss import _Loss
+
 from scripts.gradients import sobel
 from scripts.ssim import ssim
-from torch.nn.modules.loss import _Loss
 
 __all__ = ["FusionIntensityLoss", "FusionGradientLoss", "FusionSSIMLoss", "ClinicalFMambaLoss"]
 
@@ -90,8 +91,12 @@ class FusionGradientLoss(FusionLoss):
             strongest = grad_sources.abs().sum(dim=2).amax(dim=1, keepdim=True)
             return F.l1_loss(grad_fused.abs().sum(dim=2), strongest)
 
-        index = grad_sources.square().sum(dim=2, keepdim=True).argmax(dim=1, keepdim=True)
-        difference = grad_fused - grad_sources.take_along_dim(index, dim=1)
+        # pairwise: argmax and gather over an axis of two are several times as slow on a CPU
+        strongest, *others = grad_sources.split(1, dim=1)
+        for other in others:
+            stronger = other.square().sum(dim=2, keepdim=True) > strongest.square().sum(dim=2, keepdim=True)
+            strongest = torch.where(stronger, other, strongest)
+        difference = grad_fused - strongest
         if self.form == "vector":
             return difference.square().mean()
         return torch.linalg.vector_norm(difference, dim=2).mean()

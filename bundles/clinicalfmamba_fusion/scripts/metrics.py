@@ -17,6 +17,7 @@ from abc import abstractmethod
 import torch
 from monai.metrics.regression import RegressionMetric
 from monai.utils import convert_to_tensor
+
 from scripts.gradients import sobel
 from scripts.ssim import ssim
 
