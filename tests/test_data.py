@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scripts.data import find_pairs, make_splits, pair_splits, replacing, stem
+from scripts.data import find_pairs, replacing, stem
+from scripts.splits import make_splits, pair_splits, task_weights
 from scripts.stack_slices import stack_slices
 
 # as in AANLIB: the subjects of three tasks, some in several of them, only two with PET
@@ -113,6 +114,19 @@ def test_names_in_use(tmp_path: Path, files: str, modalities: tuple[str, str], c
         (write_png if path.suffix == ".png" else write_nifti)(path)
     (pair,) = find_pairs(tmp_path, modalities)
     assert (pair["case"], pair["subject"]) == (case, subject)
+
+
+def test_alternatives_of_both_images(cases: Path) -> None:
+    for modality in ("mri", "pet"):
+        write_nifti(cases / "PET-MRI" / "25" / f"25_{modality}.nii.gz")
+    pairs = find_pairs(cases, [["t2", "mri"], ["flair", "pet"]])
+    assert len(pairs) == 10
+    assert [stem(file) for pair in pairs if pair["case"] == "25" for file in pair["image"]] == ["25_mri", "25_pet"]
+
+
+def test_weights_draw_every_task_equally_often() -> None:
+    weights = task_weights([{"task": task} for task in "abbbcc"])
+    assert weights == pytest.approx([1 / 3, 1 / 9, 1 / 9, 1 / 9, 1 / 6, 1 / 6])
 
 
 def test_subject_pattern(atlas: Path) -> None:

@@ -8,25 +8,22 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Data lists: find co-registered pairs, split them by subject, write the splits down."""
+"""Data lists: find co-registered pairs, and check them before any work starts."""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import nibabel as nib
-import numpy as np
-import torch.distributed as dist
 from PIL import Image
 
-__all__ = ["find_pairs", "make_splits", "pair_splits", "replacing", "stem"]
+__all__ = ["dataset_root", "find_pairs", "read_datalist", "replacing", "stem"]
 
 SPLITS = ("training", "validation", "test")
 PICTURES = (".png", ".tif", ".tiff", ".jpg")
@@ -75,8 +72,8 @@ def find_pairs(
 
     Args:
         dataset_dir: folder with the images; the paths in ``datalist`` are relative to it.
-        modalities: name of the first and of the second image, in any case. The second may be a list of alternatives:
-            ``["MRI", ["CT", "SPECT", "PET"]]``.
+        modalities: name of the first and of the second image, in any case. Each may be a list of alternatives:
+            ``["MRI", ["CT", "SPECT", "PET"]]``, ``[["T2", "MRI"], ["FLAIR", "PET"]]``.
         datalist: JSON file to read instead of searching.
         split: the one key of ``datalist`` to read; all of them when not given.
         subject_pattern: regular expression whose first group, searched in a case's name, is its subject. By default,
@@ -91,21 +88,21 @@ def find_pairs(
         FileNotFoundError: when ``dataset_dir``, ``datalist`` or a file in it does not exist, or no pair is found.
         ValueError: when an image has no partner, can not be read, or differs in shape from its partner.
     """
-    root = _root(dataset_dir)
+    root = dataset_root(dataset_dir)
     if datalist is not None:
-        lists = _read_datalist(root, Path(datalist), subject_pattern)
+        lists = read_datalist(root, Path(datalist), subject_pattern)
         if split is not None and split not in lists:
             raise ValueError(f"datalist {datalist} lists nothing under '{split}', only under {', '.join(lists)}.")
         return [pair for name, pairs in lists.items() if split in (None, name) for pair in pairs]
-    first, second = modalities
-    partners = [second] if isinstance(second, str) else list(second)
+    firsts, partners = ([names] if isinstance(names, str) else list(names) for names in modalities)
     folders = _list_folders(root)
-    pairs = _sibling_folders(root, folders, str(first), partners) or _suffixed(root, folders, str(first), partners)
+    pairs = _sibling_folders(root, folders, firsts, partners) or _suffixed(root, folders, firsts, partners)
     if not pairs:
+        first, partner = firsts[0], partners[0]
         raise FileNotFoundError(
-            f"No pairs of {first} and {' or '.join(partners)} below {root}: expected two folders with equal file names"
-            f" ({first}/a.png, {partners[0]}/a.png) or files with suffixes (a_{first}.nii.gz, a_{partners[0]}.nii.gz);"
-            " set modalities to the names in use, or list the files in a datalist."
+            f"No pairs of {' or '.join(firsts)} and {' or '.join(partners)} below {root}: expected two folders with"
+            f" equal file names ({first}/a.png, {partner}/a.png) or files with suffixes (a_{first}.nii.gz,"
+            f" a_{partner}.nii.gz); set modalities to the names in use, or list the files in a datalist."
         )
     return _complete(pairs, subject_pattern)
 
@@ -124,14 +121,17 @@ def _list_folders(root: Path) -> dict[Path, list[str]]:
     return folders
 
 
-def _sibling_folders(root: Path, folders: dict[Path, list[str]], first: str, partners: list[str]) -> list[dict]:
+def _sibling_folders(
+    root: Path, folders: dict[Path, list[str]], firsts: Sequence[str], partners: Sequence[str]
+) -> list[dict]:
     siblings: dict[Path, dict[str, Path]] = defaultdict(dict)
     for folder in folders:
         siblings[folder.parent][folder.name.lower()] = folder
     pairs = []
     for parent, named in siblings.items():
+        first = next((name for name in firsts if name.lower() in named), None)
         present = [partner for partner in partners if partner.lower() in named]
-        if first.lower() not in named or not present or parent not in folders:
+        if first is None or not present or parent not in folders:
             continue
         mri = named[first.lower()]
         alone = set(folders[mri])
@@ -152,8 +152,8 @@ def _sibling_folders(root: Path, folders: dict[Path, list[str]], first: str, par
     return pairs
 
 
-def _suffixed(root: Path, folders: dict[Path, list[str]], first: str, partners: list[str]) -> list[dict]:
-    suffixes = "|".join(re.escape(modality) for modality in (first, *partners))
+def _suffixed(root: Path, folders: dict[Path, list[str]], firsts: Sequence[str], partners: Sequence[str]) -> list[dict]:
+    suffixes = "|".join(re.escape(modality) for modality in (*firsts, *partners))
     pattern = re.compile(rf"^(?:(.+)[_.-])?({suffixes})$", re.IGNORECASE)
     groups: dict[tuple[Path, str], dict[str, Path]] = defaultdict(dict)
     for folder, files in folders.items():
@@ -171,10 +171,11 @@ def _suffixed(root: Path, folders: dict[Path, list[str]], first: str, partners: 
         neighbours[folder.parent].add(folder)
     pairs = []
     for (folder, prefix), group in groups.items():
+        first = next((name for name in firsts if name.lower() in group), None)
         present = [partner for partner in partners if partner.lower() in group]
-        if first.lower() not in group or not present:
+        if first is None or not present:
             here = next(iter(group.values()))
-            missing = partners[0] if first.lower() in group else first
+            missing = firsts[0] if first is None else partners[0]
             raise ValueError(_no_partner(here, here.with_name(f"{prefix}_{missing}".lstrip("_") + ".*"), 1))
         parent = "/".join(folder.parent.relative_to(root).parts) if folder != root else ""
         # HGG and LGG tell a kind of pair, the folder of a single case does not
@@ -196,7 +197,7 @@ def _no_partner(image: Path, partner: Path, count: int) -> str:
     return f"{image} has no partner, {partner} does not exist{more}: add it, or take the image out of the data set."
 
 
-def _read_datalist(root: Path, path: Path, subject_pattern: str | None) -> dict[str, list[dict]]:
+def read_datalist(root: Path, path: Path, subject_pattern: str | None) -> dict[str, list[dict]]:
     # monai's load_decathlon_datalist would turn a case name that is also the name of a folder into a path
     if not path.is_file():
         raise FileNotFoundError(f"datalist {path} does not exist.")
@@ -281,123 +282,12 @@ def _shape(file: Path) -> tuple[int, ...]:
     return ()
 
 
-def make_splits(
-    pairs: Sequence[dict],
-    val_fraction: float = 0.1,
-    test_fraction: float = 0.2,
-    seed: int = 0,
-    split_by: str = "subject",
-) -> dict[str, list[dict]]:
+def dataset_root(dataset_dir: str | os.PathLike) -> Path:
     """
-    Divide pairs into training, validation and test, each task by itself.
-
-    By subject, no subject lies in two splits, in whatever tasks it occurs. Every task keeps a training subject; with
-    two subjects or more it has one in the test split, with three or more one in the validation split, wherever the
-    sharing of subjects between tasks allows it. Fractions are shares of a task's pairs, met as nearly as whole
-    subjects can.
-
-    Args:
-        pairs: items with ``subject``, and ``task`` where there are several kinds, as :func:`find_pairs` returns them.
-        val_fraction: share of the pairs to validate with.
-        test_fraction: share of the pairs to test with.
-        seed: decides which subjects are drawn.
-        split_by: ``"subject"``, or ``"slice"`` for the paper's protocol, which draws single pairs at random and so
-            has neighbouring slices of one subject on both sides.
-
     Raises:
-        ValueError: when a fraction or ``split_by`` is out of range, or a split that is asked for can not be filled.
+        FileNotFoundError: when ``dataset_dir`` is not a folder.
     """
-    if split_by not in ("subject", "slice"):
-        raise ValueError(f"split_by must be 'subject' or 'slice', not '{split_by}'.")
-    if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
-        raise ValueError(f"val_fraction {val_fraction} and test_fraction {test_fraction} must leave pairs to train on.")
-    units = [str(pair["subject"] if split_by == "subject" else index) for index, pair in enumerate(pairs)]
-    sizes: dict[str, Counter[str]] = defaultdict(Counter)
-    tasks: dict[str, set[str]] = defaultdict(set)
-    for unit, pair in zip(units, pairs):
-        sizes[pair.get("task", "")][unit] += 1
-        tasks[unit].add(pair.get("task", ""))
-    order = sorted(tasks)
-    np.random.RandomState(seed).shuffle(order)
-
-    free = {task: len(sizes[task]) for task in sizes}
-    assigned: dict[str, str] = {}
-    for split, fraction in (("test", test_fraction), ("validation", val_fraction)):
-        held = dict.fromkeys(sizes, 0)
-        # what stays free: a subject to train on and, where there are three, one to validate with
-        keep = {task: 2 if split == "test" and len(sizes[task]) > 2 else 1 for task in sizes}
-        # tasks with few subjects choose first, the others take account of what is drawn already
-        for task in sorted(sizes if fraction else (), key=lambda t: (len(sizes[t]), t)):
-            target = fraction * sizes[task].total()
-            for unit in (u for u in order if u in sizes[task] and u not in assigned):
-                fits = held[task] == 0 or held[task] + sizes[task][unit] / 2 <= target
-                if fits and all(free[t] > keep[t] for t in tasks[unit]):
-                    assigned[unit] = split
-                    for t in tasks[unit]:
-                        free[t] -= 1
-                        held[t] += sizes[t][unit]
-        if fraction and not any(held.values()):
-            raise ValueError(
-                f"{len(order)} subject(s) are too few for a {split} split: set its fraction to 0, tell the subjects"
-                " apart with subject_pattern, or split_by 'slice'."
-            )
-        for task in (t for t in sizes if fraction and not held[t]):
-            logging.getLogger(__name__).warning(f"Task '{task}' has no subject to spare for the {split} split.")
-    splits: dict[str, list[dict]] = {name: [] for name in SPLITS}
-    for unit, pair in zip(units, pairs):
-        splits[assigned.get(unit, "training")].append(pair)
-    return splits
-
-
-def pair_splits(
-    dataset_dir: str | os.PathLike,
-    modalities: Sequence[str | Sequence[str]],
-    datalist: str | os.PathLike | None = None,
-    val_fraction: float = 0.1,
-    test_fraction: float = 0.2,
-    split_by: str = "subject",
-    seed: int = 0,
-    subject_pattern: str | None = None,
-    output_file: str | os.PathLike | None = None,
-) -> dict[str, list[dict]]:
-    """
-    Find the pairs and split them: :func:`find_pairs`, then :func:`make_splits`. A ``datalist`` is taken as it is,
-    except that one with ``training`` items only is split.
-
-    Args:
-        output_file: where to write the splits as a data-list JSON, with paths relative to ``dataset_dir``; given as
-            ``datalist``, it repeats them. The other arguments are those of the two functions.
-
-    Returns:
-        ``{"training": [...], "validation": [...], "test": [...]}``.
-    """
-    root = _root(dataset_dir)
-    lists: dict[str, list[dict]] = {}
-    if datalist is not None:
-        lists = _read_datalist(root, Path(datalist), subject_pattern)
-    if set(lists) <= {"training"}:
-        pairs = lists.get("training") or find_pairs(root, modalities, subject_pattern=subject_pattern)
-        lists = make_splits(pairs, val_fraction, test_fraction, seed, split_by)
-    lists = {name: lists.get(name, []) for name in SPLITS}
-    main_process = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
-    if output_file is not None and main_process:
-        relative = {
-            name: [{**pair, "image": _relative(pair["image"], root)} for pair in pairs] for name, pairs in lists.items()
-        }
-        with replacing(output_file) as temporary:
-            text = json.dumps({"split_by": split_by, "seed": seed, **relative}, indent=4)
-            temporary.write_text(text + "\n", encoding="utf-8")
-    return lists
-
-
-def _root(dataset_dir: str | os.PathLike) -> Path:
     root = Path(dataset_dir).expanduser().absolute()
     if not root.is_dir():
         raise FileNotFoundError(f"dataset_dir {root} is not a folder: set it to the folder that holds the images.")
     return root
-
-
-def _relative(image: str | list[str], root: Path) -> str | list[str]:
-    if isinstance(image, list):
-        return [str(_relative(file, root)) for file in image]
-    return Path(image).relative_to(root).as_posix() if Path(image).is_relative_to(root) else image
