@@ -26,12 +26,19 @@ class CrossMamba(Mamba):
     """
 
     def __init__(
-        self, dim: int, orders: list[tuple[list[int], bool]], state_dim: int = 8, expand: int = 2, normalise: bool = True
+        self,
+        dim: int,
+        orders: list[tuple[list[int], bool]],
+        state_dim: int = 8,
+        expand: int = 2,
+        normalise: bool = True,
     ) -> None:
         super().__init__(dim, orders, state_dim, expand, normalise)
         self.condition_proj = nn.Linear(dim, expand * dim, bias=False)
 
-    def forward(self, x: torch.Tensor, other: torch.Tensor, spatial_shape: list[int]) -> torch.Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: torch.Tensor, other: torch.Tensor, spatial_shape: list[int]
+    ) -> torch.Tensor:
         """Own tokens ``x`` and the ``other`` modality's, both ``(B, L, dim)``, to ``(B, L, dim)``."""
         content, gate = self.in_proj(x).chunk(2, dim=-1)
         y = self.ssm(content, spatial_shape, condition=self.condition_proj(other))

@@ -28,8 +28,8 @@ def swap_channels(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch
 class TokenExchange(nn.Module):
     """Shallow exchange between the tokens of two modalities: every second channel is swapped before a plain Mamba.
 
-    The residual stream of each modality starts as its tokens; every round, with the same weights, adds the last
-    round's output to it, normalises, swaps and scans.
+    The residual stream of each modality starts as the encoder's tokens; every round, with the same weights, adds the
+    last round's output (at first, the tokens to exchange) to it, normalises, swaps and scans.
 
     Args:
         dim: channels of the tokens.
@@ -38,9 +38,7 @@ class TokenExchange(nn.Module):
         rounds: how often to exchange.
     """
 
-    def __init__(
-        self, dim: int, orders: list[tuple[list[int], bool]], state_dim: int = 16, rounds: int = 2
-    ) -> None:
+    def __init__(self, dim: int, orders: list[tuple[list[int], bool]], state_dim: int = 16, rounds: int = 2) -> None:
         super().__init__()
         self.rounds = rounds
         self.norm_x, self.norm_y = nn.LayerNorm(dim), nn.LayerNorm(dim)
@@ -48,10 +46,15 @@ class TokenExchange(nn.Module):
         self.mamba_y = Mamba(dim, orders, state_dim, normalise=False)
 
     def forward(
-        self, x: torch.Tensor, y: torch.Tensor, spatial_shape: list[int]
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        residual_x: torch.Tensor,
+        residual_y: torch.Tensor,
+        spatial_shape: list[int],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens of the two modalities, each ``(B, L, dim)``, to the same shapes."""
-        residual_x, residual_y = torch.zeros_like(x), torch.zeros_like(y)
+        """Tokens of the two modalities, and what their residual streams start as, each ``(B, L, dim)``, to the
+        exchanged tokens of the same shapes."""
         for _ in range(self.rounds):
             residual_x, residual_y = residual_x + x, residual_y + y
             swapped_x, swapped_y = swap_channels(self.norm_x(residual_x), self.norm_y(residual_y))

@@ -50,7 +50,8 @@ class ClinicalFMamba(nn.Module):
         in_channels: channels of both images together, the first half being the first image's.
         out_channels: channels of the fused image.
         channels: channels of the encoder's stages.
-        strides: stride (1 or 2) of each stage. The paper uses (1, 2, 2) for 128 x 128 slices.
+        strides: stride (1 or 2) of each stage. The paper uses (1, 2, 2) for 128 x 128 slices. A stage that changes
+            neither resolution nor channels has no convolution before its gated block.
         dilations: dilation of each stage's gated block.
         latent_depth: Mamba blocks on each modality's tokens.
         state_dim: states per channel of the multi-directional scans.
@@ -94,19 +95,22 @@ class ClinicalFMamba(nn.Module):
             raise ValueError(f"in_channels should be even, half of them for each image, got {in_channels}.")
         if not len(channels) == len(strides) == len(dilations):
             raise ValueError("channels, strides and dilations should have one entry for each stage of the encoder.")
-        if any(stride not in (1, 2) for stride in strides):
-            raise ValueError(f"strides should be 1 or 2, got {tuple(strides)}.")
+        if any(stride not in (1, 2) for stride in strides) or 2 not in strides:
+            raise ValueError(f"strides should be 1 or 2, at least one of them 2, got {tuple(strides)}.")
         published_2d = spatial_dims == 2
         conv = Conv[Conv.CONV, spatial_dims]
         self.stride = math.prod(strides)
         self.spatial_dims = spatial_dims
+        self.in_channels = in_channels
         features, latent = channels[0], channels[-1]
 
         self.stem = conv(in_channels // 2, features, 3, padding=1)
         self.encoder = nn.Sequential()
         for incoming, outgoing, stride, dilation in zip([features, *channels], channels, strides, dilations):
-            kernel_size = 2 if stride == 2 else 3
-            self.encoder.append(conv(incoming, outgoing, kernel_size, stride, padding=(kernel_size - 1) // 2))
+            if stride == 2:
+                self.encoder.append(conv(incoming, outgoing, 2, stride))
+            elif incoming != outgoing:
+                self.encoder.append(conv(incoming, outgoing, 3, padding=1))
             self.encoder.append(DilatedGatedConvBlock(spatial_dims, outgoing, dilation, pyramid=published_2d))
 
         raster = scan_orders("raster", spatial_dims)
@@ -128,10 +132,14 @@ class ClinicalFMamba(nn.Module):
 
         self.decoder = nn.Sequential()
         halvings = [i for i, stride in enumerate(strides) if stride == 2]
+        incoming = latent
         for i in reversed(halvings):
+            outgoing = features if i == halvings[0] else channels[i - 1]
             self.decoder.append(nn.Upsample(scale_factor=2.0, mode="nearest"))
-            self.decoder.append(conv(channels[i], features if i == 0 else channels[i - 1], 3, padding=1))
-            self.decoder.append(Norm[Norm.BATCH, spatial_dims](features if i == 0 else channels[i - 1]))
+            # The batch norm would cancel a bias, and no gradient would reach it.
+            self.decoder.append(conv(incoming, outgoing, 3, padding=1, bias=False))
+            self.decoder.append(Norm[Norm.BATCH, spatial_dims](outgoing))
+            incoming = outgoing
             if i != halvings[0]:
                 self.decoder.append(nn.ReLU() if published_2d else nn.LeakyReLU(0.2))
 
@@ -145,7 +153,13 @@ class ClinicalFMamba(nn.Module):
 
         Returns:
             the fused image, ``(B, out_channels, H, W[, D])`` with values in [0, 1].
+
+        Raises:
+            ValueError: if ``x`` has another number of dimensions or channels.
         """
+        if x.dim() != self.spatial_dims + 2 or x.shape[1] != self.in_channels:
+            wanted = f"a batch of {self.spatial_dims}D images with {self.in_channels} channels"
+            raise ValueError(f"expected {wanted}, got a tensor of shape {list(x.shape)}.")
         size = x.shape[2:]
         padding: list[int] = []
         for length in size[::-1]:
@@ -156,24 +170,26 @@ class ClinicalFMamba(nn.Module):
         stem = self.stem(torch.cat(x.chunk(2, dim=1)))
         features = self.encoder(stem)
         spatial_shape = list(features.shape[2:])
-        tokens_x, tokens_y = features.flatten(2).transpose(1, 2).chunk(2)
+        encoded_x, encoded_y = features.flatten(2).transpose(1, 2).chunk(2)
+        tokens_x, tokens_y = encoded_x, encoded_y
         for block_x, block_y in zip(self.latent_x, self.latent_y):
             tokens_x, tokens_y = block_x(tokens_x, spatial_shape), block_y(tokens_y, spatial_shape)
+        if self.exchange is not None:
+            tokens_x, tokens_y = self.exchange(tokens_x, tokens_y, encoded_x, encoded_y, spatial_shape)
         tokens = self._fuse(tokens_x, tokens_y, spatial_shape)
 
         fused = self.decoder(tokens.transpose(1, 2).unflatten(2, spatial_shape))
         if self.skip is not None:
             stem_x, stem_y = stem.chunk(2)
             fused = fused + self.skip(stem_x, stem_y)
-        fused = torch.sigmoid(self.head(fused))
+        # Under autocast the head gives half precision, in which a sigmoid would leave fewer than 256 grey values.
+        fused = torch.sigmoid(self.head(fused).to(x.dtype))
         for axis, length in enumerate(size):
             fused = fused.narrow(axis + 2, 0, length)
         return fused
 
     def _fuse(self, x: torch.Tensor, y: torch.Tensor, spatial_shape: list[int]) -> torch.Tensor:
         """Latent tokens of the two images, each ``(B, L, C)``, to those of the fused one."""
-        if self.exchange is not None:
-            x, y = self.exchange(x, y, spatial_shape)
         if self.cross_x is not None and self.cross_y is not None:
             x, y = self.cross_x(x, y, spatial_shape), self.cross_y(y, x, spatial_shape)
         tokens = self.merge((x + y) / 2)

@@ -17,18 +17,27 @@ import importlib.util
 import os
 from collections.abc import Callable
 from functools import cache
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from custom_nets.ops.selective_scan_torch import selective_scan_torch
 
 __all__ = ["selective_scan", "selective_scan_channels_last", "scan_backend", "BACKEND_VARIABLE"]
 
 BACKEND_VARIABLE = "CUSTOM_NETS_SCAN"
-_BACKENDS = ("torch", "mamba_ssm")
+_BACKENDS = ("torch", "triton", "mamba_ssm")
+# Looked for, not imported: that takes a while. The kernels hold tuples, which Triton before 3.3 can not.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None and TorchVersion(torch.__version__) >= "2.7"
+
+
+def _triton_scan(*args: Any) -> Tensor:
+    from custom_nets.ops.selective_scan_triton import selective_scan_triton
+
+    return selective_scan_triton(*args)
 
 
 @cache
@@ -41,32 +50,40 @@ def _mamba_ssm_scan() -> Callable | None:
     return selective_scan_fn
 
 
+def _obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Why a back end can not serve tensors of ``dtype`` on ``device``; empty if it can."""
+    if backend == "torch":
+        return ""
+    if device.type != "cuda":
+        return f"it needs CUDA tensors, these are on {device.type}"
+    if dtype == torch.float64:
+        return "it has no float64 kernel"
+    if backend == "triton" and not _HAS_TRITON:
+        return "it needs Triton 3.3, which comes with PyTorch 2.7, or a newer one"
+    if backend == "mamba_ssm" and _mamba_ssm_scan() is None:
+        return "mamba-ssm or its compiled module selective_scan_cuda is not installed"
+    return ""
+
+
 def scan_backend(device: torch.device, dtype: torch.dtype) -> str:
     """Name of the back end that serves tensors of ``dtype`` on ``device``.
 
-    ``mamba_ssm`` on CUDA where its kernel is installed, else ``torch``. The environment variable
-    ``CUSTOM_NETS_SCAN`` (``torch`` or ``mamba_ssm``) forces one.
+    On CUDA ``triton``, else ``mamba_ssm``, whichever is installed; ``torch`` everywhere else. The environment variable
+    ``CUSTOM_NETS_SCAN`` (``torch``, ``triton`` or ``mamba_ssm``) forces one.
 
     Raises:
         ValueError: if the variable names no back end.
         RuntimeError: if the forced back end can not serve the call, saying why.
     """
     forced = os.environ.get(BACKEND_VARIABLE, "")
-    if forced and forced not in _BACKENDS:
+    if not forced:
+        return next(name for name in ("triton", "mamba_ssm", "torch") if not _obstacle(name, device, dtype))
+    if forced not in _BACKENDS:
         raise ValueError(f"{BACKEND_VARIABLE}={forced} names no back end, choose one of {', '.join(_BACKENDS)}.")
-    if forced == "torch":
-        return "torch"
-    if device.type != "cuda":
-        obstacle = f"it needs CUDA tensors, these are on {device.type}"
-    elif dtype == torch.float64:
-        obstacle = "it has no float64 kernel"
-    elif _mamba_ssm_scan() is None:
-        obstacle = "mamba-ssm or its compiled module selective_scan_cuda is not installed"
-    else:
-        return "mamba_ssm"
-    if forced:
-        raise RuntimeError(f"the scan back end mamba_ssm can not serve this call: {obstacle}.")
-    return "torch"
+    obstacle = _obstacle(forced, device, dtype)
+    if obstacle:
+        raise RuntimeError(f"the scan back end {forced} can not serve this call: {obstacle}.")
+    return forced
 
 
 def selective_scan_channels_last(
@@ -95,17 +112,20 @@ def selective_scan_channels_last(
         ``(B, K, L, D)`` in the dtype of ``u``; computed in float32, in float64 if ``u`` is float64.
     """
     if not torch.jit.is_scripting():
-        if scan_backend(u.device, u.dtype) == "mamba_ssm":
+        backend = scan_backend(u.device, u.dtype)
+        if backend == "triton":
+            return _triton_scan(u, delta, A, B, C, D, delta_bias, delta_softplus)
+        if backend == "mamba_ssm":
             sequence = [x.transpose(2, 3) for x in (u, delta, B, C)]
-            parameters = [None if x is None else x.flatten(0, 1) for x in (A, D, delta_bias)]
+            skip, bias = (None if x is None else x.flatten(0, 1) for x in (D, delta_bias))
             y = selective_scan(
                 sequence[0].flatten(1, 2),
                 sequence[1].flatten(1, 2),
-                parameters[0],
+                A.flatten(0, 1),
                 sequence[2],
                 sequence[3],
-                D=parameters[1],
-                delta_bias=parameters[2],
+                D=skip,
+                delta_bias=bias,
                 delta_softplus=delta_softplus,
             )
             return y.unflatten(1, u.shape[1::2]).transpose(2, 3)
@@ -166,8 +186,8 @@ def selective_scan(
             scan = _mamba_ssm_scan()
             assert scan is not None
             delta, B, C = (x.to(u.dtype) for x in (delta, B, C))
-            A, D, delta_bias = (None if x is None else x.float() for x in (A, D, delta_bias))
-            return scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+            D, delta_bias = (None if x is None else x.float() for x in (D, delta_bias))
+            return scan(u, delta, A.float(), B, C, D, z, delta_bias, delta_softplus)
     shape = [groups, channels // groups]
     y = selective_scan_channels_last(
         u.unflatten(1, shape).transpose(2, 3),
@@ -181,4 +201,3 @@ def selective_scan(
     )
     y = y.transpose(2, 3).flatten(1, 2)
     return y if z is None else y * F.silu(z)
-

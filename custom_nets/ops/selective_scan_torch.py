@@ -33,7 +33,7 @@ __all__ = ["selective_scan_torch"]
 def _block_length(sequences: int, states: int, length: int, on_cpu: bool) -> int:
     """Tokens of one block, where a token of all sequences has ``sequences`` channels with ``states`` states each."""
     # A CPU's blocks should stay within its cache, a GPU wants few launches.
-    elements = 1 << 21 if on_cpu else 1 << 26
+    elements = 1 << 19 if on_cpu else 1 << 26
     return min(length, max(64, elements // (sequences * states)))
 
 
@@ -65,6 +65,11 @@ def _tokens(x: Tensor, size: int) -> Tensor:
     return x.flatten(-3, -2)[..., :size, :]
 
 
+def _channel_sum(x: Tensor, size: int) -> Tensor:
+    """Sum over the channels of ``(N, B, K, chunks, chunk, D)``, as ``(B, K, size, N)``."""
+    return x.sum(-1).flatten(-2)[..., :size].movedim(0, -1)
+
+
 def _multiply(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
     """``x (...) * y (n, ...)`` as ``(n, ...)`` in the flat buffer ``out``."""
     return torch.mul(x, y, out=out[: y.shape[0] * x.numel()].view([y.shape[0]] + list(x.shape)))
@@ -85,7 +90,8 @@ def _states(
     Returns:
         decay by each token and state after it, both ``(N, B, K, chunks, chunk, D)``, and the state after the last one.
     """
-    decay = _multiply(step, A, buffers[0]).exp_()
+    # A CPU computes exp2 several times as fast as exp, more so where it underflows.
+    decay = _multiply(step, A * (1 / math.log(2.0)), buffers[0]).exp2_()
     state = _multiply(drive, B, buffers[1])
     reach = buffers[2][: state.numel()].view_as(state)
     decays, states, reaches = decay.unbind(-2), state.unbind(-2), reach.unbind(-2)
@@ -106,7 +112,24 @@ def _states(
 def _states_first(A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``A (K, D, N)``, ``B`` and ``C (B, K, L, N)`` with the states as outermost dimension, ready to broadcast."""
     B, C = (x.permute(3, 0, 1, 2).unsqueeze(-1).contiguous() for x in (B, C))
-    return A.permute(2, 0, 1)[:, None, :, None, None, :], B, C
+    return A.permute(2, 0, 1).contiguous()[:, None, :, None, None, :], B, C
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    """Contiguous ``(B, K, L, D)``. A CPU transposes single matrices several times as fast as a batch of them."""
+    if x.is_contiguous() or x.device.type != "cpu" or x.shape[0] * x.shape[1] > 64:
+        return x.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    for b in range(x.shape[0]):
+        for k in range(x.shape[1]):
+            out[b, k].copy_(x[b, k])
+    return out
+
+
+def _laid_out_as(x: Tensor, like: Tensor) -> Tensor:
+    """Contiguous ``(B, K, L, D)`` with the tokens innermost in memory where they are so in ``like``."""
+    tokens_innermost = like.stride(2) == 1 and like.stride(3) != 1
+    return _contiguous(x.transpose(2, 3)).transpose(2, 3) if tokens_innermost else x
 
 
 def _forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,7 +140,7 @@ def _forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple
     drive_buffer = _buffers(u, 1, tokens, 1)[0]
     state = u.new_zeros(A.shape[-1], batch, directions, channels)
     A, B, C = _states_first(A, B, C)
-    y = torch.zeros_like(u)
+    y = torch.empty_like(u)
     entering = []
     for start in range(0, length, tokens):
         stop = min(start + tokens, length)
@@ -128,8 +151,10 @@ def _forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple
         buffers = [decay_buffer, state_buffer, decay_buffer]
         _, x, state = _states(step, drive, A, _chunked(B, start, stop, chunk), state, buffers)
         x = _tokens(x, stop - start)
-        for n in range(x.shape[0]):
-            y[:, :, start:stop].addcmul_(x[n], C[n, :, :, start:stop])
+        y_block = y[:, :, start:stop]
+        torch.mul(x[0], C[0, :, :, start:stop], out=y_block)
+        for n in range(1, x.shape[0]):
+            y_block.addcmul_(x[n], C[n, :, :, start:stop])
     return y, torch.stack(entering)
 
 
@@ -138,14 +163,16 @@ class _SelectiveScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-        y, entering = _forward(u, delta, A, B, C)
-        ctx.save_for_backward(u, delta, A, B, C, entering)
-        return y
+        content, step = _contiguous(u), _contiguous(delta)
+        y, entering = _forward(content, step, A, B, C)
+        ctx.save_for_backward(content, step, A, B, C, entering)
+        return _laid_out_as(y, u)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         u, delta, A, B, C, entering = ctx.saved_tensors
+        out_grad = _contiguous(grad)
         batch, directions, length, channels = u.shape
         tokens = _block_length(batch * directions * channels, A.shape[-1], length, u.device.type == "cpu")
         buffers = _buffers(u, 4, tokens, A.shape[-1])
@@ -158,10 +185,10 @@ class _SelectiveScan(torch.autograd.Function):
             start, stop = block * tokens, min((block + 1) * tokens, length)
             size, span = stop - start, slice(start, stop)
             chunk = _chunk_length(size)
-            step, value, out, B_block, C_block = (_chunked(x, start, stop, chunk) for x in (delta, u, grad, B, C))
+            step, value, out, B_block, C_block = (_chunked(x, start, stop, chunk) for x in (delta, u, out_grad, B, C))
             drive = step * value
             decay, x, _ = _states(step, drive, A, B_block, entering[block], buffers)
-            grad_C[:, :, span] = _tokens(_multiply(out, x, buffers[2]).sum(-1, keepdim=True), size)[..., 0].movedim(0, -1)
+            grad_C[:, :, span] = _channel_sum(_multiply(out, x, buffers[2]), size)
 
             g = _multiply(out, C_block, buffers[3])
             reach = buffers[2][: g.numel()].view_as(g)
@@ -177,7 +204,7 @@ class _SelectiveScan(torch.autograd.Function):
             later = carries.pop()
             g.addcmul_(reach, torch.stack(carries[::-1], dim=-2).unsqueeze(-2))
 
-            grad_B[:, :, span] = _tokens(_multiply(drive, g, buffers[2]).sum(-1, keepdim=True), size)[..., 0].movedim(0, -1)
+            grad_B[:, :, span] = _channel_sum(_multiply(drive, g, buffers[2]), size)
             grad_drive, grad_step = torch.zeros_like(drive), torch.zeros_like(step)
             for n in range(g.shape[0]):
                 grad_drive.addcmul_(g[n], B_block[n])
@@ -188,7 +215,7 @@ class _SelectiveScan(torch.autograd.Function):
             grad_A += _multiply(step, g, buffers[2]).sum(dim=(1, 3, 4)).permute(1, 2, 0)
             grad_u[:, :, span] = _tokens(grad_drive * step, size)
             grad_delta[:, :, span] = _tokens(grad_step.addcmul_(grad_drive, value), size)
-        return grad_u, grad_delta, grad_A, grad_B, grad_C
+        return _laid_out_as(grad_u, grad), _laid_out_as(grad_delta, grad), grad_A, grad_B, grad_C
 
 
 def selective_scan_torch(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
@@ -207,9 +234,8 @@ def selective_scan_torch(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tens
     """
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     u, delta, A, B, C = (x.to(dtype) for x in (u, delta, A, B, C))
-    u, delta = u.contiguous(), delta.contiguous()
     if not torch.jit.is_scripting():
         if not torch.jit.is_tracing():
             return _SelectiveScan.apply(u, delta, A, B, C)
     with torch.no_grad():
-        return _forward(u, delta, A, B, C)[0]
+        return _laid_out_as(_forward(_contiguous(u), _contiguous(delta), A, B, C)[0], u)

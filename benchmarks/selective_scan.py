@@ -1,0 +1,253 @@
+# Copyright (c) ClinicalFMamba contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+How fast is the selective scan, and how exact?
+
+On a GPU, every back end that is there, forward and backward, beside the floor of its memory traffic; their error
+against float64 first. On a CPU, the PyTorch back end against a loop over the tokens. Writes `selective_scan.md` and
+prints it:
+
+    python benchmarks/selective_scan.py --output_dir eval/scan
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import fire
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from custom_nets.ops import BACKEND_VARIABLE, scan_backend, selective_scan, selective_scan_channels_last  # noqa: E402
+
+# batch, channels, tokens, states
+SHAPES = [
+    (1, 256, 1024, 8),
+    (1, 256, 4096, 8),
+    (2, 256, 4096, 8),
+    (6, 256, 4096, 8),
+    (1, 256, 18000, 8),
+    (1, 256, 32768, 8),
+    (1, 96, 262144, 16),
+    (1, 64, 2097152, 8),
+]
+CPU_SHAPE = (1, 256, 4096, 8)
+# The largest cache that a card has: inputs that take turns should not fit.
+CACHE = 64 << 20
+
+Inputs = list[torch.Tensor]
+Scan = Callable[..., torch.Tensor]
+
+
+def make_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, channels_first: bool) -> Inputs:
+    """u, delta, A, B, C, D and bias of one sequence each (K = 1), steps around 1e-3 to 1e-1 as in a fresh network."""
+    batch, channels, length, states = shape
+    u, delta = torch.randn(2, batch, 1, length, channels, device=device, dtype=dtype)
+    A = -torch.arange(1.0, states + 1, device=device).repeat(1, channels, 1)
+    # one projection holds both, as in a block
+    _, B, C = torch.randn(batch, 1, length, 8 + 2 * states, device=device, dtype=dtype).split([8, states, states], -1)
+    D, bias = torch.ones(1, channels, device=device), torch.empty(1, channels, device=device).uniform_(-7, -2)
+    inputs = [u, 0.1 * delta, A, B, C, D, bias]
+    if channels_first:
+        inputs = [x.transpose(2, 3).squeeze(1) if x.ndim == 4 else x.squeeze(0) for x in inputs]
+        inputs = [x.contiguous() for x in inputs]
+    return [x.requires_grad_() for x in inputs]
+
+
+def bytes_moved(inputs: Inputs) -> tuple[int, int]:
+    """What forward and backward have to read and write at least, each once."""
+    tokens = sum(x.nbytes for x in inputs if x.ndim > 2)
+    sequence = inputs[0].nbytes
+    return tokens + sequence, 2 * tokens + sequence
+
+
+def channels_last(u, delta, A, B, C, D, bias):
+    return selective_scan_channels_last(u, delta, A, B, C, D, bias, True)
+
+
+def channels_first(u, delta, A, B, C, D, bias):
+    return selective_scan(u, delta, A, B, C, D=D, delta_bias=bias, delta_softplus=True)
+
+
+def loop(u, delta, A, B, C, D, bias):
+    """One token after the other."""
+    step = F.softplus(delta + bias.unsqueeze(1))
+    x = u.new_zeros(*u.shape[:2], *A.shape[1:])
+    outputs = []
+    for step_t, u_t, B_t, C_t in zip(*(tokens.unbind(2) for tokens in (step, u, B, C))):
+        x = torch.exp(step_t.unsqueeze(-1) * A) * x + (step_t * u_t).unsqueeze(-1) * B_t.unsqueeze(2)
+        outputs.append((x * C_t.unsqueeze(2)).sum(-1))
+    return torch.stack(outputs, dim=2) + u * D.unsqueeze(1)
+
+
+def both_ways(scan: Scan, inputs: Inputs, grad: torch.Tensor) -> Inputs:
+    """Output and all gradients."""
+    y = scan(*inputs)
+    return [y.detach(), *torch.autograd.grad(y, inputs, grad)]
+
+
+def error(scan: Scan, inputs: Inputs) -> tuple[float, float]:
+    """Relative error of the output, and the largest one of a gradient, against the PyTorch back end in float64."""
+    grad = torch.randn_like(inputs[0])
+    actual = both_ways(scan, inputs, grad)
+    # float64 goes to PyTorch unless another back end is forced
+    forced = os.environ.pop(BACKEND_VARIABLE)
+    exact = both_ways(scan, [x.detach().double().requires_grad_() for x in inputs], grad.double())
+    os.environ[BACKEND_VARIABLE] = forced
+    errors = [float(torch.linalg.norm(a.double() - e) / torch.linalg.norm(e)) for a, e in zip(actual, exact)]
+    return errors[0], max(errors[1:])
+
+
+def measure(call: Callable[[Inputs], object], sets: list[Inputs], graph: bool, budget: float = 0.2) -> float:
+    """Median microseconds of a call, over inputs that take turns and repeats that fill ``budget`` seconds."""
+
+    def turn() -> None:
+        for inputs in sets:
+            call(inputs)
+
+    run: Callable[[], object] = turn
+    if graph:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            turn()
+        torch.cuda.current_stream().wait_stream(stream)
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            turn()
+        run = captured.replay
+    run()
+    torch.cuda.synchronize()
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < budget * 1e6 and len(times) < 50):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) * 1000)
+    return statistics.median(times) / len(sets)
+
+
+def measure_on_gpu(shape: tuple[int, ...], dtype: torch.dtype, backend: str) -> list[str]:
+    """One row of the table."""
+    device = torch.device("cuda")
+    official = backend == "mamba_ssm"
+    scan = channels_first if official else channels_last
+    inputs = make_inputs(shape, dtype, device, official)
+    forward_bytes, backward_bytes = bytes_moved(inputs)
+    errors = error(scan, inputs)
+    count = min(64, max(2, -(-CACHE // forward_bytes)))
+    # PyTorch's is thousands of launches: a graph of them takes longer to make than it is worth
+    graph = backend != "torch"
+    sets = [make_inputs(shape, dtype, device, official) for _ in range(count if graph else 1)]
+    grads = {id(x): torch.randn_like(x[0]) for x in sets}
+
+    def forward(x: Inputs) -> None:
+        with torch.no_grad():
+            scan(*x)
+
+    forward_time = measure(forward, sets, graph)
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    both_ways(scan, sets[0], grads[id(sets[0])])
+    peak = torch.cuda.max_memory_allocated() - held
+    backward_time = measure(lambda x: both_ways(scan, x, grads[id(x)]), sets, graph) - forward_time
+    return [
+        str(shape),
+        str(dtype).removeprefix("torch."),
+        backend,
+        *(f"{e:.1e}" for e in errors),
+        f"{forward_time:.1f}",
+        f"{backward_time:.1f}",
+        f"{forward_bytes / forward_time / 1e3:.0f}",
+        f"{backward_bytes / backward_time / 1e3:.0f}",
+        f"{peak / 2**20:.0f}",
+    ]
+
+
+def gpu_table(backends: list[str]) -> tuple[list[str], list[list[str]]]:
+    head = ["(batch, channels, tokens, states)", "dtype", "back end", "error", "gradient error"]
+    head += ["forward µs", "backward µs", "forward GB/s", "backward GB/s", "peak MiB"]
+    rows = []
+    cases = [(s, d, b) for s in SHAPES for d in (torch.bfloat16, torch.float32) for b in backends]
+    for shape, dtype, backend in tqdm(cases, desc="scan"):
+        os.environ[BACKEND_VARIABLE] = backend
+        rows.append(measure_on_gpu(shape, dtype, backend))
+        torch.cuda.empty_cache()
+    return head, rows
+
+
+def cpu_table() -> tuple[list[str], list[list[str]]]:
+    """The PyTorch back end against a loop, milliseconds, the best of three."""
+    os.environ[BACKEND_VARIABLE] = "torch"
+    inputs = make_inputs(CPU_SHAPE, torch.float32, torch.device("cpu"), False)
+    grad = torch.randn_like(inputs[0])
+    rows, times = [], {}
+    for scan in tqdm([loop, channels_last], desc="scan"):
+        for backward in (False, True):
+            best = float("inf")
+            for _ in range(3):
+                start = time.perf_counter()
+                if backward:
+                    both_ways(scan, inputs, grad)
+                else:
+                    with torch.no_grad():
+                        scan(*inputs)
+                best = min(best, time.perf_counter() - start)
+            times[scan, backward] = best * 1000
+    for backward in (False, True):
+        slow, fast = times[loop, backward], times[channels_last, backward]
+        name = "forward and backward" if backward else "forward"
+        rows.append([str(CPU_SHAPE), name, f"{slow:.1f}", f"{fast:.1f}", f"{slow / fast:.1f}"])
+    return ["(batch, channels, tokens, states)", "", "loop ms", "torch ms", "times as fast"], rows
+
+
+def main(output_dir: str, backends: str | tuple[str, ...] = ("triton", "mamba_ssm", "torch")) -> None:
+    """
+    Args:
+        output_dir: folder for the table.
+        backends: which to measure on a GPU, separated by commas; those that are missing are left out with a message.
+    """
+    notes = [f"PyTorch {torch.__version__}, {time.strftime('%Y-%m-%d')}"]
+    if torch.cuda.is_available():
+        notes[0] = f"{torch.cuda.get_device_name()}, {notes[0]}, backward = forward and backward - forward"
+        available = []
+        for backend in [backends] if isinstance(backends, str) else backends:
+            os.environ[BACKEND_VARIABLE] = backend
+            try:
+                available.append(scan_backend(torch.device("cuda"), torch.float32))
+            except RuntimeError as missing:
+                notes.append(f"Left out: {missing}")
+        head, rows = gpu_table(available)
+    else:
+        notes[0] = f"CPU with {torch.get_num_threads()} threads, {notes[0]}"
+        head, rows = cpu_table()
+    lines = [head, ["---"] * len(head), *rows]
+    text = "\n\n".join(notes) + "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "selective_scan.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    fire.Fire(main)
