@@ -290,7 +290,12 @@ class TestVolumes:
 
 
 class TestProperties:
-    CONFIGS = {"train": ["train"], "evaluate": ["train", "evaluate"], "infer": ["inference"]}
+    CONFIGS = {
+        "train": ["train"],
+        "evaluate": ["train", "evaluate"],
+        "infer": ["inference"],
+        "train_graph": ("train", "cuda_graph"),
+    }
 
     @pytest.mark.parametrize("volume", [False, True], ids=["2d", "3d"])
     @pytest.mark.parametrize("task", CONFIGS)
