@@ -88,14 +88,20 @@ def channels_first(u, delta, A, B, C, D, bias):
 
 
 def loop(u, delta, A, B, C, D, bias):
-    """One token after the other."""
-    step = F.softplus(delta + bias.unsqueeze(1))
-    x = u.new_zeros(*u.shape[:2], *A.shape[1:])
+    """mamba-ssm's `selective_scan_ref`, one token after the other, channels first.
+
+    All decays and drives come first. It differs in `unbind`, where the original indexes each token: nearly the same
+    forward, but a backward of minutes becomes one of a second.
+    """
+    step = F.softplus(delta + bias.unsqueeze(-1))
+    decays = torch.exp(torch.einsum("bdl,dn->bdln", step, A))
+    drives = torch.einsum("bdl,bnl,bdl->bdln", step, B, u)
+    x = u.new_zeros(u.shape[0], *A.shape)
     outputs = []
-    for step_t, u_t, B_t, C_t in zip(*(tokens.unbind(2) for tokens in (step, u, B, C))):
-        x = torch.exp(step_t.unsqueeze(-1) * A) * x + (step_t * u_t).unsqueeze(-1) * B_t.unsqueeze(2)
-        outputs.append((x * C_t.unsqueeze(2)).sum(-1))
-    return torch.stack(outputs, dim=2) + u * D.unsqueeze(1)
+    for decay, drive, C_t in zip(decays.unbind(2), drives.unbind(2), C.unbind(2)):
+        x = decay * x + drive
+        outputs.append(torch.einsum("bdn,bn->bd", x, C_t))
+    return torch.stack(outputs, dim=2) + u * D.unsqueeze(-1)
 
 
 def both_ways(scan: Scan, inputs: Inputs, grad: torch.Tensor) -> Inputs:
@@ -196,29 +202,34 @@ def gpu_table(backends: list[str]) -> tuple[list[str], list[list[str]]]:
     return head, rows
 
 
-def cpu_table() -> tuple[list[str], list[list[str]]]:
-    """The PyTorch back end against a loop, milliseconds, the best of three."""
-    os.environ[BACKEND_VARIABLE] = "torch"
-    inputs = make_inputs(CPU_SHAPE, torch.float32, torch.device("cpu"), False)
+def cpu_times(backward: bool) -> tuple[float, float]:
+    """Milliseconds of the loop and of the PyTorch back end, in turn: medians of 3 and of 21 calls."""
+    inputs = make_inputs(CPU_SHAPE, torch.float32, torch.device("cpu"), True)
     grad = torch.randn_like(inputs[0])
-    rows, times = [], {}
-    for scan in tqdm([loop, channels_last], desc="scan"):
-        for backward in (False, True):
-            best = float("inf")
-            for _ in range(3):
-                start = time.perf_counter()
-                if backward:
-                    both_ways(scan, inputs, grad)
-                else:
-                    with torch.no_grad():
-                        scan(*inputs)
-                best = min(best, time.perf_counter() - start)
-            times[scan, backward] = best * 1000
-    for backward in (False, True):
-        slow, fast = times[loop, backward], times[channels_last, backward]
-        name = "forward and backward" if backward else "forward"
-        rows.append([str(CPU_SHAPE), name, f"{slow:.1f}", f"{fast:.1f}", f"{slow / fast:.1f}"])
-    return ["(batch, channels, tokens, states)", "", "loop ms", "torch ms", "times as fast"], rows
+    times: dict[Scan, list[float]] = {loop: [], channels_first: []}
+    for scan in 3 * ([loop] + 7 * [channels_first]):
+        start = time.perf_counter()
+        if backward:
+            both_ways(scan, inputs, grad)
+        else:
+            with torch.no_grad():
+                scan(*inputs)
+        times[scan].append(1000 * (time.perf_counter() - start))
+    return statistics.median(times[loop]), statistics.median(times[channels_first])
+
+
+def cpu_table() -> tuple[list[str], list[list[str]]]:
+    """The PyTorch back end against a loop, with all threads and with one."""
+    os.environ[BACKEND_VARIABLE] = "torch"
+    rows = []
+    default = torch.get_num_threads()
+    for threads in sorted({1, default}):
+        torch.set_num_threads(threads)
+        for name, backward in (("forward", False), ("forward and backward", True)):
+            slow, fast = cpu_times(backward)
+            rows.append([str(CPU_SHAPE), str(threads), name, f"{slow:.1f}", f"{fast:.1f}", f"{slow / fast:.1f}"])
+    torch.set_num_threads(default)
+    return ["(batch, channels, tokens, states)", "threads", "", "loop ms", "torch ms", "times as fast"], rows
 
 
 def main(output_dir: str, backends: str | tuple[str, ...] = ("triton", "mamba_ssm", "torch")) -> None:

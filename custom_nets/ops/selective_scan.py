@@ -129,15 +129,7 @@ def selective_scan_channels_last(
                 delta_softplus=delta_softplus,
             )
             return y.unflatten(1, u.shape[1::2]).transpose(2, 3)
-    step = delta if delta.dtype == torch.float64 else delta.float()
-    if delta_bias is not None:
-        step = step + delta_bias.unsqueeze(1).to(step.dtype)
-    if delta_softplus:
-        step = F.softplus(step)
-    y = selective_scan_torch(u, step, A, B, C)
-    if D is not None:
-        y = y + u * D.unsqueeze(1)
-    return y.to(u.dtype)
+    return selective_scan_torch(u, delta, A, B, C, D, delta_bias, delta_softplus).to(u.dtype)
 
 
 def selective_scan(
@@ -200,4 +192,7 @@ def selective_scan(
         delta_softplus=delta_softplus,
     )
     y = y.transpose(2, 3).flatten(1, 2)
-    return y if z is None else y * F.silu(z)
+    if z is not None:
+        precision = y.dtype if y.dtype == torch.float64 else torch.float32
+        y = (y.to(precision) * F.silu(z.to(precision))).to(u.dtype)
+    return y

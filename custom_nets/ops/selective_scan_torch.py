@@ -11,19 +11,21 @@
 
 """Selective scan in plain PyTorch: exact, differentiable, chunked, on any device, and scriptable for export.
 
-A first-order recurrence looks serial, but it is linear: every chunk can run from a zero state at once, and the state
-that enters a chunk reaches each of its tokens through one factor, the product of the decays up to there. A factor of a
-stable system lies in ``(0, 1]``, so nothing is ever divided by it and nothing overflows. Work goes block by block of
-tokens, so that no buffer of ``length x channels x states`` exists for a long sequence; a block's buffers are written
+A first-order recurrence looks serial, but it is linear. A block of tokens is cut into chunks: all chunks run at once
+from a zero state, which is only to know the state that each would end in; those ends, carried from chunk to chunk,
+are the states that enter them, and all chunks run again from there. Carrying takes the product of the decays of a
+chunk, the exponential of one sum. It lies in ``(0, 1]`` in a stable system, so nothing is ever divided and nothing
+overflows. No buffer of ``length x channels x states`` exists for a long sequence, and a block's buffers are written
 again and again, since fresh memory would cost a CPU more than the arithmetic.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, List
+from typing import Any, List, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -34,85 +36,103 @@ def _block_length(sequences: int, states: int, length: int, on_cpu: bool) -> int
     """Tokens of one block, where a token of all sequences has ``sequences`` channels with ``states`` states each."""
     # A CPU's blocks should stay within its cache, a GPU wants few launches.
     elements = 1 << 19 if on_cpu else 1 << 26
-    return min(length, max(64, elements // (sequences * states)))
+    return min(length, max(64, elements // (sequences * states) // 64 * 64))
 
 
 def _chunk_length(tokens: int) -> int:
-    """As many steps within a chunk as there are chunks: the fewest serial operations."""
-    return int(math.ceil(math.sqrt(float(tokens))))
+    """A power of two near the square root of half the tokens: few launches, as a step takes two and a chunk one."""
+    chunk = 1
+    while 2 * chunk * chunk <= tokens:
+        chunk *= 2
+    return chunk
 
 
 def _buffers(x: Tensor, count: int, tokens: int, states: int) -> List[Tensor]:
-    """Flat buffers that hold ``states`` values for each channel of a block, padded to whole chunks."""
+    """Flat buffers that hold ``states`` values for each channel of a block, padded to whole chunks.
+
+    They are one allocation, which a CPU's allocator keeps for the next call where it would give back several.
+    """
     size = x.shape[0] * x.shape[1] * x.shape[3] * (tokens + _chunk_length(tokens)) * states
-    return [x.new_empty(size) for _ in range(count)]
+    return list(x.new_empty(count, size).unbind(0))
 
 
-def _chunked(x: Tensor, start: int, stop: int, chunk: int) -> Tensor:
-    """Tokens ``start`` to ``stop`` of ``(..., L, D)`` as ``(..., chunks, chunk, D)``, padded with zeros.
+def _chunked(x: Tensor, chunk: int) -> Tensor:
+    """``(B, K, size, D)`` as ``(B, K, chunks, chunk, D)``, padded with zeros.
 
     A padded token has a step of zero and leaves the state as it is.
     """
-    block = x[..., start:stop, :]
-    padding = -(stop - start) % chunk
+    padding = -x.shape[2] % chunk
     if padding > 0:
-        block = torch.nn.functional.pad(block, [0, 0, 0, padding])
-    return block.unflatten(-2, [-1, chunk])
+        x = F.pad(x, [0, 0, 0, padding])
+    return x.unflatten(2, [-1, chunk])
+
+
+def _step(delta: Tensor, bias: Optional[Tensor], softplus: bool) -> Tensor:
+    """Steps of a block, ``(B, K, size, D)``."""
+    if bias is not None:
+        delta = delta + bias.unsqueeze(1)
+    return F.softplus(delta) if softplus else delta
 
 
 def _tokens(x: Tensor, size: int) -> Tensor:
-    """Inverse of :py:func:`_chunked`: ``(..., chunks, chunk, D)`` to ``(..., size, D)``."""
-    return x.flatten(-3, -2)[..., :size, :]
-
-
-def _channel_sum(x: Tensor, size: int) -> Tensor:
-    """Sum over the channels of ``(N, B, K, chunks, chunk, D)``, as ``(B, K, size, N)``."""
-    return x.sum(-1).flatten(-2)[..., :size].movedim(0, -1)
+    """Inverse of :py:func:`_chunked`: ``(B, K, chunks, chunk, ...)`` to ``(B, K, size, ...)``."""
+    return x.flatten(2, 3)[:, :, :size]
 
 
 def _multiply(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
-    """``x (...) * y (n, ...)`` as ``(n, ...)`` in the flat buffer ``out``."""
-    return torch.mul(x, y, out=out[: y.shape[0] * x.numel()].view([y.shape[0]] + list(x.shape)))
+    """``x * y`` of chunks, broadcast to ``(B, K, chunks, chunk, N, D)``, in the flat buffer ``out``.
+
+    ``x`` is ``(B, K, chunks, chunk, D)``; ``y`` has states.
+    """
+    shape = list(x.shape[:4]) + [y.shape[-2], x.shape[-1]]
+    return torch.mul(x.unsqueeze(-2), y, out=out[: x.numel() * y.shape[-2]].view(shape))
+
+
+def _sum_states(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
+    """Sum of ``x * y`` over the states, ``(..., N, D)`` to ``(..., D)``, state by state as a CPU is fastest."""
+    xs, ys = x.unbind(-2), y.unbind(-2)
+    torch.mul(xs[0], ys[0], out=out)
+    for n in range(1, len(xs)):
+        out.addcmul_(xs[n], ys[n])
+    return out
 
 
 def _states(
     step: Tensor, drive: Tensor, A: Tensor, B: Tensor, entering: Tensor, buffers: List[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """States of one block after each of its tokens.
 
     Args:
         step, drive: step, and step times input, ``(B, K, chunks, chunk, D)``.
-        A: ``(N, 1, K, 1, 1, D)``.
-        B: ``(N, B, K, chunks, chunk, 1)``.
-        entering: state before the first token, ``(N, B, K, D)``.
-        buffers: for decay, state and reach. Decay and reach may share theirs where decay is not used afterwards.
+        A: ``(K, 1, 1, N, D)``.
+        B: ``(B, K, chunks, chunk, N, 1)``.
+        entering: state before the first token, ``(B, K, N, D)``.
+        buffers: for decay and state.
 
     Returns:
-        decay by each token and state after it, both ``(N, B, K, chunks, chunk, D)``, and the state after the last one.
+        decay by each token and state after it, both ``(B, K, chunks, chunk, N, D)``, the decay by each chunk,
+        ``(B, K, chunks, N, D)``, and the state after the last token.
     """
     # A CPU computes exp2 several times as fast as exp, more so where it underflows.
-    decay = _multiply(step, A * (1 / math.log(2.0)), buffers[0]).exp2_()
+    A = A * (1 / math.log(2.0))
+    decay = _multiply(step, A, buffers[0]).exp2_()
     state = _multiply(drive, B, buffers[1])
-    reach = buffers[2][: state.numel()].view_as(state)
-    decays, states, reaches = decay.unbind(-2), state.unbind(-2), reach.unbind(-2)
-    reaches[0].copy_(decays[0])
+    total = (step.sum(3).unsqueeze(-2) * A.squeeze(2)).exp2_()
+    decays, states, totals = decay.unbind(3), state.unbind(3), total.unbind(2)
+
+    # the state that enters each chunk, and the one that leaves the last
+    borders = torch.cat([entering.unsqueeze(2), states[0]], dim=2)
+    ends = borders[:, :, 1:]
+    for t in range(1, len(states)):
+        torch.addcmul(states[t], decays[t], ends, out=ends)
+    border = borders.unbind(2)
+    for c in range(len(totals)):
+        border[c + 1].addcmul_(totals[c], border[c])
+
+    states[0].addcmul_(decays[0], borders[:, :, :-1])
     for t in range(1, len(states)):
         states[t].addcmul_(decays[t], states[t - 1])
-        torch.mul(decays[t], reaches[t - 1], out=reaches[t])
-
-    ends, totals = states[-1].unbind(-2), reaches[-1].unbind(-2)
-    carries = [entering]
-    for c in range(len(ends)):
-        carries.append(torch.addcmul(ends[c], totals[c], carries[c]))
-    leaving = carries.pop()
-    state.addcmul_(reach, torch.stack(carries, dim=-2).unsqueeze(-2))
-    return decay, state, leaving
-
-
-def _states_first(A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``A (K, D, N)``, ``B`` and ``C (B, K, L, N)`` with the states as outermost dimension, ready to broadcast."""
-    B, C = (x.permute(3, 0, 1, 2).unsqueeze(-1).contiguous() for x in (B, C))
-    return A.permute(2, 0, 1).contiguous()[:, None, :, None, None, :], B, C
+    return decay, state, total, border[-1].clone()
 
 
 def _contiguous(x: Tensor) -> Tensor:
@@ -132,29 +152,36 @@ def _laid_out_as(x: Tensor, like: Tensor) -> Tensor:
     return _contiguous(x.transpose(2, 3)).transpose(2, 3) if tokens_innermost else x
 
 
-def _forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """Outputs ``(B, K, L, D)`` and the states that enter each block, ``(blocks, N, B, K, D)``."""
+def _forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Optional[Tensor],
+    delta_bias: Optional[Tensor],
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor]:
+    """Outputs ``(B, K, L, D)`` and the states that enter each block, ``(blocks, B, K, N, D)``."""
     batch, directions, length, channels = u.shape
     tokens = _block_length(batch * directions * channels, A.shape[-1], length, u.device.type == "cpu")
-    decay_buffer, state_buffer = _buffers(u, 2, tokens, A.shape[-1])
-    drive_buffer = _buffers(u, 1, tokens, 1)[0]
-    state = u.new_zeros(A.shape[-1], batch, directions, channels)
-    A, B, C = _states_first(A, B, C)
+    buffers = _buffers(u, 2, tokens, A.shape[-1])
+    state = u.new_zeros(batch, directions, A.shape[-1], channels)
+    A = A.transpose(1, 2).contiguous()[:, None, None]
     y = torch.empty_like(u)
     entering = []
     for start in range(0, length, tokens):
         stop = min(start + tokens, length)
         chunk = _chunk_length(stop - start)
-        step = _chunked(delta, start, stop, chunk)
-        drive = _multiply(step, _chunked(u, start, stop, chunk).unsqueeze(0), drive_buffer)[0]
+        u_block = u[:, :, start:stop]
+        step = _chunked(_step(delta[:, :, start:stop], delta_bias, delta_softplus), chunk)
+        B_block = _chunked(B[:, :, start:stop], chunk).unsqueeze(-1)
         entering.append(state)
-        buffers = [decay_buffer, state_buffer, decay_buffer]
-        _, x, state = _states(step, drive, A, _chunked(B, start, stop, chunk), state, buffers)
-        x = _tokens(x, stop - start)
-        y_block = y[:, :, start:stop]
-        torch.mul(x[0], C[0, :, :, start:stop], out=y_block)
-        for n in range(1, x.shape[0]):
-            y_block.addcmul_(x[n], C[n, :, :, start:stop])
+        _, x, _, state = _states(step, step * _chunked(u_block, chunk), A, B_block, state, buffers)
+        out = y[:, :, start:stop]
+        _sum_states(_tokens(x, stop - start), C[:, :, start:stop].unsqueeze(-1), out)
+        if D is not None:
+            out.addcmul_(u_block, D.unsqueeze(1))
     return y, torch.stack(entering)
 
 
@@ -162,80 +189,123 @@ class _SelectiveScan(torch.autograd.Function):
     """Keeps the inputs and one state per block, and recomputes the states of a block in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        delta_bias: Tensor | None,
+        delta_softplus: bool,
+    ) -> Tensor:
         content, step = _contiguous(u), _contiguous(delta)
-        y, entering = _forward(content, step, A, B, C)
-        ctx.save_for_backward(content, step, A, B, C, entering)
+        y, entering = _forward(content, step, A, B, C, D, delta_bias, delta_softplus)
+        ctx.save_for_backward(content, step, A, B, C, D, delta_bias, entering)
+        ctx.delta_softplus = delta_softplus
         return _laid_out_as(y, u)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        u, delta, A, B, C, entering = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        u, delta, A, B, C, D, delta_bias, entering = ctx.saved_tensors
         out_grad = _contiguous(grad)
         batch, directions, length, channels = u.shape
         tokens = _block_length(batch * directions * channels, A.shape[-1], length, u.device.type == "cpu")
         buffers = _buffers(u, 4, tokens, A.shape[-1])
         # What the tokens behind a block add to the gradient of the state that leaves it.
-        later = u.new_zeros(A.shape[-1], batch, directions, channels)
+        later = torch.zeros_like(entering[0])
         grad_u, grad_delta, grad_A = torch.empty_like(u), torch.empty_like(delta), torch.zeros_like(A)
         grad_B, grad_C = torch.empty_like(B), torch.empty_like(C)
-        A, B, C = _states_first(A, B, C)
+        grad_D, grad_bias = (None if x is None else torch.zeros_like(x) for x in (D, delta_bias))
+        A = A.transpose(1, 2).contiguous()[:, None, None]
         for block in range(entering.shape[0] - 1, -1, -1):
             start, stop = block * tokens, min((block + 1) * tokens, length)
             size, span = stop - start, slice(start, stop)
             chunk = _chunk_length(size)
-            step, value, out, B_block, C_block = (_chunked(x, start, stop, chunk) for x in (delta, u, out_grad, B, C))
+            step = _chunked(_step(delta[:, :, span], delta_bias, ctx.delta_softplus), chunk)
+            value, out, B_block, C_block = (_chunked(x[:, :, span], chunk) for x in (u, out_grad, B, C))
+            B_block, C_block = B_block.unsqueeze(-1), C_block.unsqueeze(-1)
             drive = step * value
-            decay, x, _ = _states(step, drive, A, B_block, entering[block], buffers)
-            grad_C[:, :, span] = _channel_sum(_multiply(out, x, buffers[2]), size)
+            decay, x, total, _ = _states(step, drive, A, B_block, entering[block], buffers)
+            grad_C[:, :, span] = _tokens(_multiply(out, x, buffers[2]).sum(-1), size)
 
+            # The same two runs as for the states, from the last token to the first.
             g = _multiply(out, C_block, buffers[3])
-            reach = buffers[2][: g.numel()].view_as(g)
-            decays, gs, reaches = decay.unbind(-2), g.unbind(-2), reach.unbind(-2)
-            reaches[-1].fill_(1.0)
+            decays, gs, totals = decay.unbind(3), g.unbind(3), total.unbind(2)
+            borders = torch.cat([gs[-1], later.unsqueeze(2)], dim=2)
+            starts = borders[:, :, :-1]
+            for t in range(chunk - 2, -1, -1):
+                torch.addcmul(gs[t], decays[t + 1], starts, out=starts)
+            starts.mul_(decays[0])
+            border = borders.unbind(2)
+            for c in range(len(totals) - 1, -1, -1):
+                border[c].addcmul_(totals[c], border[c + 1])
+            later = border[0]
+            gs[-1].add_(borders[:, :, 1:])
             for t in range(chunk - 2, -1, -1):
                 gs[t].addcmul_(decays[t + 1], gs[t + 1])
-                torch.mul(decays[t + 1], reaches[t + 1], out=reaches[t])
-            firsts, first_reach, first_decay = (v.unbind(-2) for v in (gs[0], reaches[0], decays[0]))
-            carries = [later]
-            for c in range(len(firsts) - 1, -1, -1):
-                carries.append(torch.addcmul(firsts[c], first_reach[c], carries[-1]).mul_(first_decay[c]))
-            later = carries.pop()
-            g.addcmul_(reach, torch.stack(carries[::-1], dim=-2).unsqueeze(-2))
 
-            grad_B[:, :, span] = _channel_sum(_multiply(drive, g, buffers[2]), size)
-            grad_drive, grad_step = torch.zeros_like(drive), torch.zeros_like(step)
-            for n in range(g.shape[0]):
-                grad_drive.addcmul_(g[n], B_block[n])
-            before = torch.cat([entering[block].unsqueeze(-2), x.flatten(-3, -2)[..., :-1, :]], dim=-2)
-            g.mul_(before.unflatten(-2, [-1, chunk])).mul_(decay)
-            for n in range(g.shape[0]):
-                grad_step.addcmul_(g[n], A[n])
-            grad_A += _multiply(step, g, buffers[2]).sum(dim=(1, 3, 4)).permute(1, 2, 0)
-            grad_u[:, :, span] = _tokens(grad_drive * step, size)
-            grad_delta[:, :, span] = _tokens(grad_step.addcmul_(grad_drive, value), size)
-        return _laid_out_as(grad_u, grad), _laid_out_as(grad_delta, grad), grad_A, grad_B, grad_C
+            grad_B[:, :, span] = _tokens(_multiply(drive, g, buffers[2]).sum(-1), size)
+            grad_drive = _sum_states(g, B_block, torch.empty_like(drive))
+            # What is left of the state before a token: the gradient of the exponent.
+            g.mul_(decay)
+            g_tokens = g.flatten(2, 3)
+            g_tokens[:, :, 1:].mul_(x.flatten(2, 3)[:, :, :-1])
+            g_tokens[:, :, 0].mul_(entering[block])
+            grad_step = _sum_states(g, A, torch.empty_like(step)).addcmul_(grad_drive, value)
+            grad_A += _multiply(step, g, buffers[2]).sum(dim=(0, 2, 3)).transpose(1, 2)
+            if ctx.delta_softplus:
+                # softplus has the slope 1 - exp(-softplus)
+                grad_step.mul_(torch.expm1(-step).neg_())
+            grad_value = grad_drive.mul_(step)
+            if grad_D is not None:
+                grad_value.addcmul_(out, D[:, None, None])
+                grad_D += (out * value).sum(dim=(0, 2, 3))
+            grad_u[:, :, span] = _tokens(grad_value, size)
+            grad_delta[:, :, span] = _tokens(grad_step, size)
+            if grad_bias is not None:
+                grad_bias += grad_delta[:, :, span].sum(dim=(0, 2))
+        grad_u, grad_delta = _laid_out_as(grad_u, grad), _laid_out_as(grad_delta, grad)
+        return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias, None
 
 
-def selective_scan_torch(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """Core of the selective scan, channels last: ``x_t = exp(delta_t A) x_{t-1} + delta_t B_t u_t``, ``y_t = C_t x_t``.
+def selective_scan_torch(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Optional[Tensor] = None,
+    delta_bias: Optional[Tensor] = None,
+    delta_softplus: bool = False,
+) -> Tensor:
+    """Selective scan, channels last: ``x_t = exp(delta_t A) x_{t-1} + delta_t B_t u_t``, ``y_t = C_t x_t + D u_t``.
 
     Computes in float32, or in float64 when ``u`` is float64. Differentiable in eager mode; scripted or traced modules
     run the forward only.
 
     Args:
-        u, delta: input and step (not negative), ``(B, K, L, D)`` for K directions of L tokens with D channels.
+        u, delta: input and step, ``(B, K, L, D)`` for K directions of L tokens with D channels.
         A: state matrix (negative), ``(K, D, N)``.
         B, C: input and output matrices, ``(B, K, L, N)``.
+        D: skip connection, ``(K, D)``.
+        delta_bias: added to ``delta``, ``(K, D)``.
+        delta_softplus: whether ``delta`` goes through softplus; without, it must not be negative.
 
     Returns:
         ``(B, K, L, D)`` in the computing precision.
     """
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     u, delta, A, B, C = (x.to(dtype) for x in (u, delta, A, B, C))
+    if D is not None:
+        D = D.to(dtype)
+    if delta_bias is not None:
+        delta_bias = delta_bias.to(dtype)
     if not torch.jit.is_scripting():
         if not torch.jit.is_tracing():
-            return _SelectiveScan.apply(u, delta, A, B, C)
+            return _SelectiveScan.apply(u, delta, A, B, C, D, delta_bias, delta_softplus)
     with torch.no_grad():
-        return _laid_out_as(_forward(_contiguous(u), _contiguous(delta), A, B, C)[0], u)
+        y = _forward(_contiguous(u), _contiguous(delta), A, B, C, D, delta_bias, delta_softplus)[0]
+        return _laid_out_as(y, u)
