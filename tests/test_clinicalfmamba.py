@@ -239,8 +239,9 @@ def test_autocast(device, dims, dtype, tolerance):
 @pytest.mark.parametrize("dims", [2, 3])
 def test_autocast_trains(dims):
     net = network(dims).train()
+    # not 16: on 2 x 2 x 2 features, the bfloat16 weight gradient of oneDNN's 3D convolution reads memory never written
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        fused = net(images(2, 2, *[16] * dims))
+        fused = net(images(2, 2, *[24] * dims))
     fused.float().square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
 
