@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from custom_nets.ops import selective_scan_channels_last, to_raster, to_sequences
+from custom_nets.ops import scan_backend, selective_scan_channels_last, to_raster, to_sequences
 
 __all__ = ["DirectionalSSM"]
 
@@ -79,21 +79,46 @@ class DirectionalSSM(nn.Module):
         Returns:
             ``(B, L, channels)``.
         """
+        if not torch.jit.is_scripting():
+            if scan_backend(x.device, x.dtype) == "triton":
+                return self._walk(x, spatial_shape, condition)
         content = to_sequences(x, spatial_shape, self.orders)
         content = F.silu(self._causal_conv(content))
         source = content if condition is None else to_sequences(condition, spatial_shape, self.orders)
-        step, B, C = torch.matmul(source, self.projection).split(self.split, dim=-1)
+        delta, A, B, C = self._matrices(source)
         y = selective_scan_channels_last(
-            content,
-            torch.matmul(step, self.step_weight),
-            -torch.exp(self.A_log.float()),
-            B,
-            C,
-            D=self.D,
-            delta_bias=self.step_bias,
-            delta_softplus=True,
+            content, delta, A, B, C, D=self.D, delta_bias=self.step_bias, delta_softplus=True
         )
         return to_raster(y, spatial_shape, self.orders).mean(dim=1)
+
+    @torch.jit.unused
+    def _walk(self, x: torch.Tensor, spatial_shape: list[int], condition: Optional[torch.Tensor]) -> torch.Tensor:
+        """The same by kernels that walk raster tokens in the order of each direction: no copies in that order."""
+        from custom_nets.ops.directional_conv_triton import directional_conv_triton
+        from custom_nets.ops.selective_scan_triton import selective_scan_triton
+
+        content = directional_conv_triton(x, self.conv_weight, self.conv_bias, self.orders, spatial_shape)
+        delta, A, B, C = self._matrices(content if condition is None else condition.unsqueeze(1))
+        y = selective_scan_triton(
+            content,
+            delta,
+            A,
+            B,
+            C,
+            self.D,
+            self.step_bias,
+            delta_softplus=True,
+            orders=self.orders,
+            spatial_shape=spatial_shape,
+        )
+        # Autocast would sum copies in float32. Not a mean: only a sum hands one gradient to all directions as it is.
+        with torch.autocast(x.device.type, enabled=False):
+            return y.sum(dim=1) / len(self.orders)
+
+    def _matrices(self, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Step before its bias ``(B, K, L, channels)``, A, and B and C ``(B, K, L, state_dim)``."""
+        step, B, C = torch.matmul(source, self.projection).split(self.split, dim=-1)
+        return torch.matmul(step, self.step_weight), -torch.exp(self.A_log.float()), B, C
 
     def _causal_conv(self, x: torch.Tensor) -> torch.Tensor:
         """Depthwise over ``(B, K, L, C)``; as shifted products, since a convolution would want channels first."""

@@ -19,74 +19,130 @@ backward does the same in reverse: what the tokens of a chunk add to the gradien
 starts from again. That pass goes backward through segments of a chunk, and within one through groups of tokens whose
 states stay in registers. Sums over programs go through buffers, never through atomics, so that results repeat exactly.
 
-A program has one warp and a tile of states x channels; a thread owns a channel, so that loads are coalesced (channels
-last) and the sum over states needs no exchange. Special functions are the scarce resource: the forward takes two
-exponentials for each channel, state and token, the backward three.
+Directions cost no copies: tensors stay in raster order, and a program finds the next token of its direction by index
+arithmetic (:py:mod:`custom_nets.ops.scan_paths`).
+
+A program has one warp and a tile of states x channels; a thread owns one or two channels, so that loads are coalesced
+(channels last) and the sum over states needs no exchange. Special functions are the scarce resource: the forward takes
+two exponentials for each channel, state and token, the backward three.
 
 Bytes, for each channel and token, with e of them in an element and chunks of T tokens: the forward reads 4e, writes e
 and keeps 4N / T for the backward; the backward reads 6e (and 2e from a cache), writes 2e, and takes N / 8 for states
-and N / 4 for partial sums of the gradients of B and C while it runs.
+and N / 8 for partial sums of the gradients of B and C while it runs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Optional
 
 import torch
 import triton
 from torch import Tensor
 
-from custom_nets.ops.selective_scan_kernels import (
-    carry_kernel,
-    end_kernel,
-    gradient_kernel,
-    output_kernel,
-    retrace_kernel,
-)
+from custom_nets.ops.scan_paths import paths_of
+from custom_nets.ops.selective_scan_gradient_kernels import collect_kernel, gradient_kernel, retrace_kernel
+from custom_nets.ops.selective_scan_kernels import carry_kernel, end_kernel, output_kernel
 
 __all__ = ["selective_scan_triton"]
 
-# Tokens between two states that the backward keeps while it runs; chunks are made of whole segments.
+# At most as many tokens between two states that the backward keeps while it runs; chunks are made of whole segments.
 SEGMENT = 32
+# Of a chunk, in tokens. Longer ones do not pay, since the cache holds what the next pass reads again.
+SHORTEST, LONGEST = 16, 256
 
 
-def _tiling(states: int) -> tuple[int, int, int]:
-    """States padded to a power of two, channels of a program, and tokens whose loads are in flight at once."""
+# Programs that keep an H100 busy: 16 for each multiprocessor. Other GPUs are near enough.
+PROGRAMS = 2112
+
+
+def _tiling(sequences: int, length: int, channels: int, states: int) -> tuple[int, int, int]:
+    """States padded to a power of two, channels of a program, and tokens that are loaded together."""
     padded = triton.next_power_of_2(states)
-    block = min(32, 512 // padded)
-    return padded, block, min(8, 1024 // (padded * block))
+    few = sequences * length * channels < PROGRAMS * SHORTEST * 16
+    block = min(32 if channels <= 32 or few else 64, 512 // padded)
+    return padded, block, 4 if block >= 32 else 2
 
 
 def chunk_length(sequences: int, length: int, channels: int, states: int) -> int:
     """Tokens of one chunk, for ``sequences`` sequences and directions: as long as there are programs for the GPU."""
-    programs = sequences * triton.cdiv(channels, _tiling(states)[1])
-    # 16 for each multiprocessor of an H100; other GPUs are near enough.
-    chunks = 2112 // programs
-    if chunks < 2 or length <= 2 * SEGMENT:
-        chunks = 1
-    return triton.cdiv(triton.cdiv(length, chunks), SEGMENT) * SEGMENT
+    block = _tiling(sequences, length, channels, states)[1]
+    chunk = triton.cdiv(length * sequences * triton.cdiv(channels, block), PROGRAMS)
+    if chunk <= SHORTEST:
+        return SHORTEST
+    return min(LONGEST, triton.cdiv(chunk, SEGMENT) * SEGMENT)
 
 
-def _arguments(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[Tensor], bias: Optional[Tensor]
-) -> tuple[list[Any], dict[str, Any], dict[str, Any]]:
-    """Tensors as the kernels take them, arguments of all kernels, and those of kernels that read C too."""
-    u, delta, A = u.contiguous(), delta.contiguous(), A.contiguous()
-    B, C = (x if x.stride(3) == 1 else x.contiguous() for x in (B, C))
-    D, bias = (None if x is None else x.contiguous() for x in (D, bias))
-    padded, block, group = _tiling(A.shape[2])
-    sizes = {"K": u.shape[1], "D": u.shape[3], "N": A.shape[2], "BLOCK": block, "STATES": padded, "GROUP": group}
-    one = {"B_batch": B.stride(0), "B_row": B.stride(1), "B_token": B.stride(2), "num_warps": 1, **sizes}
-    two = {"C_batch": C.stride(0), "C_row": C.stride(1), "C_token": C.stride(2), **one}
-    return [u, delta, A, B, C, D, bias], one, two
+def _readable(x: Tensor) -> Tensor:
+    """B or C with the states side by side."""
+    return x if x.stride(3) == 1 else x.contiguous()
 
 
-def _carry(ends: Tensor, spans: Tensor, A: Tensor, reverse: bool) -> None:
-    batch, directions, chunks, states, channels = ends.shape
-    grid = (batch * directions * states * triton.cdiv(channels, 32),)
-    carry_kernel[grid](
-        ends, spans, A, chunks, K=directions, D=channels, N=states, REVERSED=reverse, BLOCK=32, GROUP=16, num_warps=1
-    )
+def _packed(states: int, *matrices: Tensor) -> int:
+    """How many states of B and C can be loaded at once."""
+    pack = 8 // matrices[0].element_size()
+    whole = states % pack == 0 and states == triton.next_power_of_2(states)
+    aligned = all(x.data_ptr() % 8 == 0 and all(n % pack == 0 for n in x.stride()[:3]) for x in matrices)
+    return pack if whole and aligned and all(x.dtype == matrices[0].dtype for x in matrices) else 1
+
+
+class _Launch:
+    """What all kernels of one scan are launched with."""
+
+    def __init__(
+        self,
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Optional[Tensor],
+        bias: Optional[Tensor],
+        softplus: bool,
+        chunk: int,
+        orders: Sequence[int],
+        spatial_shape: Sequence[int],
+    ) -> None:
+        self.u, self.delta, self.A = u.contiguous(), delta.contiguous(), A.contiguous()
+        self.B, self.C = _readable(B), _readable(C)
+        self.D, self.bias = (None if x is None else x.contiguous() for x in (D, bias))
+        self.paths = paths_of(tuple(orders), tuple(spatial_shape), u.device) if orders else None
+        self.batch, self.directions, self.length, self.channels = u.shape
+        self.states = A.shape[2]
+        self.chunks = triton.cdiv(self.length, chunk)
+        padded, self.block, group = _tiling(self.batch * self.directions, self.length, self.channels, self.states)
+        self.programs = self.batch * self.directions * self.chunks * triton.cdiv(self.channels, self.block)
+        self.sizes = {"K": self.directions, "D": self.channels, "N": self.states}
+        self.options = {
+            **self.sizes,
+            **{"length": self.length, "chunk": chunk, "chunks": self.chunks, "SOFTPLUS": softplus},
+            **{"BLOCK": self.block, "STATES": padded, "GROUP": group, "num_warps": 1},
+            "PACK": _packed(self.states, self.B, self.C),
+            **{"B_batch": self.B.stride(0), "B_row": self.B.stride(1), "B_token": self.B.stride(2)},
+        }
+        # for the kernels that read C too
+        strides = {"C_batch": self.C.stride(0), "C_row": self.C.stride(1), "C_token": self.C.stride(2)}
+        self.all_options = {**self.options, **strides}
+
+    def buffer(self, *shape: int) -> Tensor:
+        return self.u.new_empty((self.batch, self.directions, *shape), dtype=torch.float32)
+
+    def borders(self) -> Tensor:
+        """For what crosses from chunk to chunk."""
+        return self.buffer(self.chunks - 1, self.states, self.channels)
+
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """For what each chunk ends with, and for the sums of its steps."""
+        return self.buffer(self.chunks, self.states, self.channels), self.buffer(self.chunks, self.channels)
+
+    def carry(self, ends: Tensor, spans: Tensor, reverse: bool) -> Tensor:
+        """From what each chunk ends with, if it begins at zero, to what crosses its border."""
+        borders = self.borders()
+        grid = (self.batch * self.directions * self.states * triton.cdiv(self.channels, 8),)
+        window = min(512, max(16, triton.next_power_of_2(self.chunks)))
+        split = {"BLOCK": 8, "WINDOW": window, "num_warps": 4 if window > 32 else 1}
+        carry_kernel[grid](ends, spans, self.A, borders, self.chunks, REVERSED=reverse, **split, **self.sizes)
+        return borders
 
 
 @torch.library.custom_op("custom_nets::selective_scan_forward", mutates_args=())
@@ -100,27 +156,27 @@ def _forward(
     delta_bias: Optional[Tensor],
     delta_softplus: bool,
     chunk: int,
+    orders: Sequence[int],
+    spatial_shape: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """Outputs ``(B, K, L, D)`` and the states that enter each chunk but the first, ``(B, K, chunks, N, D)``."""
-    batch, directions, length, channels = u.shape
-    states, chunks = A.shape[2], triton.cdiv(length, chunk)
-    entering = u.new_empty((batch, directions, chunks, states, channels), dtype=torch.float32)
-    y = torch.empty_like(u, memory_format=torch.contiguous_format)
-    (u, delta, A, B, C, D, delta_bias), one, two = _arguments(u, delta, A, B, C, D, delta_bias)
-    split = {"length": length, "chunk": chunk, "chunks": chunks, "SOFTPLUS": delta_softplus}
-    grid = (batch * directions * chunks * triton.cdiv(channels, one["BLOCK"]),)
+    """Outputs ``(B, K, L, D)`` and the states that enter each chunk but the first, ``(B, K, chunks - 1, N, D)``."""
+    run = _Launch(u, delta, A, B, C, D, delta_bias, delta_softplus, chunk, orders, spatial_shape)
+    y = torch.empty_like(run.u)
+    inputs = (run.u, run.delta, run.A, run.B)
     with torch.cuda.device_of(u):
-        if chunks > 1:
-            spans = u.new_empty((batch, directions, chunks, channels), dtype=torch.float32)
-            end_kernel[grid](u, delta, A, B, delta_bias, entering, spans, **split, **one)
-            _carry(entering, spans, A, reverse=False)
-        output_kernel[grid](u, delta, A, B, C, D, delta_bias, entering, y, **split, **two)
+        if run.chunks > 1:
+            ends, spans = run.ends()
+            end_kernel[(run.programs,)](*inputs, run.bias, run.paths, ends, spans, **run.options)
+            entering = run.carry(ends, spans, reverse=False)
+        else:
+            entering = run.borders()
+        output_kernel[(run.programs,)](*inputs, run.C, run.D, run.bias, run.paths, entering, y, **run.all_options)
     return y, entering
 
 
 @_forward.register_fake
-def _(u, delta, A, B, C, D, delta_bias, delta_softplus, chunk):
-    shape = (u.shape[0], u.shape[1], (u.shape[2] + chunk - 1) // chunk, A.shape[2], u.shape[3])
+def _(u, delta, A, B, C, D, delta_bias, delta_softplus, chunk, orders, spatial_shape):
+    shape = (u.shape[0], u.shape[1], (u.shape[2] + chunk - 1) // chunk - 1, A.shape[2], u.shape[3])
     return torch.empty_like(u, memory_format=torch.contiguous_format), u.new_empty(shape, dtype=torch.float32)
 
 
@@ -137,66 +193,73 @@ def _backward(
     entering: Tensor,
     delta_softplus: bool,
     chunk: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of u, delta, A, B, C, D and the bias, the last two also where there are none."""
-    batch, directions, length, channels = u.shape
-    states, chunks = A.shape[2], triton.cdiv(length, chunk)
-    dtypes = [x.dtype for x in (A, B, C)]
-    (u, delta, A, B, C, D, delta_bias), one, two = _arguments(u, delta, A, B, C, D, delta_bias)
-    grad = grad.contiguous()
-    blocks = triton.cdiv(channels, one["BLOCK"])
-    split = {"length": length, "chunk": chunk, "chunks": chunks, "SOFTPLUS": delta_softplus, "SEGMENT": SEGMENT}
-    # States of a group and their gradients take many registers: shorter groups, and a limit so that more programs fit.
-    last = {**two, "GROUP": max(1, two["GROUP"] // 2)}
+    orders: Sequence[int],
+    spatial_shape: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of u, delta, B and C side by side ``(B, K, L, 2 N)``, and A, D and the bias ``(K, N + 2, D)``."""
+    run = _Launch(u, delta, A, B, C, D, delta_bias, delta_softplus, chunk, orders, spatial_shape)
+    if grad.stride(3) != 1 or grad.stride(2) != run.channels:
+        grad = grad.contiguous()
+    inputs = (run.u, run.delta, run.A, run.B, run.C)
+    grad_strides = {"grad_batch": grad.stride(0), "grad_row": grad.stride(1)}
+    segment = min(SEGMENT, chunk)
+    options = {**run.all_options, **grad_strides, "SEGMENT": segment, "GROUP": 2}
+    # The last pass needs the registers of a tile several times: smaller ones, and a limit so that more programs fit.
+    block, group = min(32, run.block), 2
+    blocks = triton.cdiv(run.channels, block)
+    last = {**options, "BLOCK": block, "GROUP": group}
+    programs = run.batch * run.directions * run.chunks * blocks
     if torch.version.hip is None:
-        last["maxnreg"] = 128 if two["STATES"] <= 8 else 168
-    programs = batch * directions * chunks * blocks
-
-    def buffer(*shape: int) -> Tensor:
-        return u.new_empty(shape, dtype=torch.float32)
-
-    checkpoints = buffer(batch, directions, triton.cdiv(length, SEGMENT), states, channels)
-    later, spans = torch.empty_like(entering), buffer(batch, directions, chunks, channels)
-    scratch = buffer(programs, SEGMENT // last["GROUP"], last["STATES"], last["BLOCK"])
-    grad_u, grad_delta, grad_A = torch.empty_like(u), torch.empty_like(delta), torch.empty_like(entering)
-    grad_B, grad_C = (buffer(blocks, batch, directions, length, states) for _ in range(2))
-    grad_D, grad_bias = torch.empty_like(spans), torch.empty_like(spans)
+        last["maxnreg"] = 128 if block * last["STATES"] <= 256 else 168
     with torch.cuda.device_of(u):
-        retrace_kernel[(programs,)](
-            u, delta, A, B, C, delta_bias, entering, grad, checkpoints, later, spans, **split, **two
+        checkpoints = run.buffer(triton.cdiv(run.length, segment), run.states, run.channels)
+        ends, spans = run.ends()
+        retrace_kernel[(run.programs,)](
+            *inputs, run.bias, run.paths, entering, grad, checkpoints, ends, spans, **options
         )
-        if chunks > 1:
-            _carry(later, spans, A, reverse=True)
+        later = run.carry(ends, spans, reverse=True) if run.chunks > 1 else run.borders()
+        scratch = u.new_empty((programs, segment // group, last["STATES"] * block), dtype=torch.float32)
+        grad_u, grad_delta = torch.empty_like(run.u), torch.empty_like(run.delta)
+        grad_BC = B.new_empty((run.batch, run.directions, run.length, 2 * run.states))
+        parts = grad_BC if blocks == 1 else grad_BC.new_empty((blocks, *grad_BC.shape), dtype=torch.float32)
+        parameters = run.buffer(run.chunks, run.states + 2, run.channels)
         gradient_kernel[(programs,)](
-            *(u, delta, A, B, C, D, delta_bias, grad, checkpoints, later, scratch),
-            *(grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias),
-            rows=batch * directions,
-            **split,
+            *(*inputs, run.D, run.bias, run.paths, grad, checkpoints, later, scratch),
+            *(grad_u, grad_delta, parts, parameters),
+            rows=run.batch * run.directions,
             **last,
         )
-    grad_A = grad_A.sum((0, 2)).transpose(1, 2)
-    grads = [x.to(dtype) for x, dtype in zip((grad_A, grad_B.sum(0), grad_C.sum(0)), dtypes)]
-    return grad_u, grad_delta, grads[0], grads[1], grads[2], grad_D.sum((0, 2)), grad_bias.sum((0, 2))
+        if blocks > 1:
+            size = grad_BC.numel()
+            collect_kernel[(triton.cdiv(size, 256),)](parts, grad_BC, blocks, size, BLOCK=256, num_warps=4)
+    return grad_u, grad_delta, grad_BC, parameters.sum((0, 2))
 
 
 @_backward.register_fake
-def _(grad, u, delta, A, B, C, D, delta_bias, entering, delta_softplus, chunk):
-    like = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (u, delta, B, C)]
-    vectors = [u.new_empty((u.shape[1], u.shape[3]), dtype=torch.float32) for _ in range(2)]
-    grad_A = A.new_empty((A.shape[0], A.shape[2], A.shape[1])).transpose(1, 2)
-    return like[0], like[1], grad_A, like[2], like[3], vectors[0], vectors[1]
+def _(
+    grad, u, delta, A, B, C, D, delta_bias, entering, delta_softplus, chunk, orders, spatial_shape
+):  # fmt: skip
+    like = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (u, delta)]
+    parameters = u.new_empty((u.shape[1], A.shape[2] + 2, u.shape[3]), dtype=torch.float32)
+    return like[0], like[1], B.new_empty((*u.shape[:3], 2 * A.shape[2])), parameters
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.delta_softplus, ctx.chunk = inputs
+    *tensors, ctx.delta_softplus, ctx.chunk, ctx.orders, ctx.spatial_shape = inputs
     ctx.save_for_backward(*tensors, output[1])
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, grad: Tensor, _: None) -> tuple[Optional[Tensor], ...]:
     *tensors, entering = ctx.saved_tensors
-    grads = list(_backward(grad, *tensors, entering, ctx.delta_softplus, ctx.chunk))
-    return *(None if x is None else g for x, g in zip(tensors, grads)), None, None
+    A, C = tensors[2], tensors[4]
+    constants = (ctx.delta_softplus, ctx.chunk, ctx.orders, ctx.spatial_shape)
+    grad_u, grad_delta, grad_BC, parameters = _backward(grad, *tensors, entering, *constants)
+    states = A.shape[2]
+    grad_B, grad_C = grad_BC.split(states, dim=-1)
+    grad_A, grad_D, grad_bias = parameters[:, :states].transpose(1, 2), parameters[:, states], parameters[:, states + 1]
+    grads = (grad_u, grad_delta, grad_A.to(A.dtype), grad_B, grad_C.to(C.dtype), grad_D, grad_bias)
+    return *(None if x is None else g for x, g in zip(tensors, grads)), None, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
@@ -211,6 +274,8 @@ def selective_scan_triton(
     D: Optional[Tensor] = None,
     delta_bias: Optional[Tensor] = None,
     delta_softplus: bool = False,
+    orders: Sequence[tuple[Sequence[int], bool]] = (),
+    spatial_shape: Sequence[int] = (),
 ) -> Tensor:
     """:py:func:`custom_nets.ops.selective_scan_channels_last` for float32, bfloat16 and float16 on a GPU.
 
@@ -219,9 +284,12 @@ def selective_scan_triton(
         A: ``(K, D, N)`` with N up to 64.
         B, C: ``(B, K, L, N)``; views whose states lie side by side are read where they are.
         D, delta_bias: ``(K, D)``.
+        orders: if given, all tensors are in raster order of ``spatial_shape``, and each direction walks them by itself,
+            see :py:func:`custom_nets.ops.scan_orders`.
 
     Returns:
         ``(B, K, L, D)`` in the dtype of ``u``; once differentiable, with repeatable gradients.
     """
     chunk = chunk_length(u.shape[0] * u.shape[1], u.shape[2], u.shape[3], A.shape[2])
-    return _forward(u, delta, A, B, C, D, delta_bias, delta_softplus, chunk)[0]
+    flat = [number for axes, backward in orders for number in (*axes, int(backward))]
+    return _forward(u, delta, A, B, C, D, delta_bias, delta_softplus, chunk, flat, spatial_shape)[0]
