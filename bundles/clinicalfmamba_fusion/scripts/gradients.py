@@ -96,7 +96,7 @@ def edge_preservation(fused: torch.Tensor, sources: torch.Tensor, smoothing: flo
         sources: `(B, S, H, W[, D])` in [0, 1].
         smoothing: strength below which an edge of the fused image has less and less of an orientation. An orientation
             turns the faster the weaker its gradient is: the derivative is at most in the order of the inverse of
-            ``smoothing``. Edges below the default are rounding.
+            ``smoothing``, which is positive. Edges below the default are rounding.
 
     Returns:
         `(B,)`, in [0, 1].
@@ -117,4 +117,4 @@ def edge_preservation(fused: torch.Tensor, sources: torch.Tensor, smoothing: flo
     quality = GAMMA_G * torch.sigmoid(-KAPPA_G * (strength - SIGMA_G))
     quality = quality * GAMMA_A * torch.sigmoid(-KAPPA_A * (orientation - SIGMA_A))
     total = g_s.flatten(1).sum(dim=1)
-    return (quality * g_s).flatten(1).sum(dim=1) / total.clamp_min(tiny)
+    return (quality * g_s).flatten(1).sum(dim=1) / total.clamp_min(smoothing)
