@@ -33,8 +33,9 @@ class FeatureSimilarityMetric(SlicewiseMetric):
             - ``"standard"``: that of the paper and of its authors' code, on grey levels of 0..255; slices whose
               shorter side is 384 pixels and more are averaged down towards 256 first.
             - ``"published"``: what Zhou and Khalvati (MICCAI MLMI 2025) tabulate: on intensities of 0..1, where the
-              constant of the gradients' similarity (160) hides nearly all differences of gradients, at full size, and
-              with Kovesi's later phase congruency, summed over six orientations.
+              constant of the gradients' similarity (160) hides nearly all differences of gradients; at full size, and
+              with Kovesi's later phase congruency summed over six orientations, as in the evaluation code that its
+              first author published with an earlier network.
         kwargs: ``reduction`` and ``get_not_nans``, see `FusionMetric`.
 
     Raises:
