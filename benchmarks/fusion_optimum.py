@@ -16,6 +16,8 @@ Optimises the fused pixels of each pair directly under a loss, which no network 
 plain rules and, if given, a network. Writes `optimum.csv`, `optimum.json` and `optimum.md` and prints the table:
 
     python benchmarks/fusion_optimum.py --dataset_dir DIR --datalist splits.json --weights model.pt --device cuda
+
+`--loss joint` optimises the joint loss, `--loss ssim` the mean SSIM alone.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable
@@ -40,12 +43,17 @@ from monai.transforms import Compose, ScaleIntensityRangePercentilesd  # noqa: E
 
 from custom_nets.nets import build_network  # noqa: E402
 from scripts.data import find_pairs, replacing  # noqa: E402
-from scripts.losses import ClinicalFMambaLoss  # noqa: E402
+from scripts.losses import ClinicalFMambaLoss, FusionSSIMLoss, JointFusionLoss  # noqa: E402
 from scripts.metrics import (  # noqa: E402
     EdgePreservationMetric,
+    FeatureMutualInformationMetric,
+    FeatureSimilarityMetric,
+    FusionMultiScaleSSIMMetric,
     FusionPSNRMetric,
     FusionSSIMMetric,
     SumOfCorrelationDifferencesMetric,
+    VisualInformationFidelityMetric,
+    WorseSourceSSIMMetric,
 )
 from scripts.transforms import LoadPaird  # noqa: E402
 
@@ -60,11 +68,31 @@ RULES: dict[str, Fuse] = {
 }
 METRICS = {
     "ssim": FusionSSIMMetric(),
+    "ssim_worse": WorseSourceSSIMMetric(),
+    "ms_ssim": FusionMultiScaleSSIMMetric(),
     "qabf": EdgePreservationMetric(),
     "scd": SumOfCorrelationDifferencesMetric(),
+    "fmi": FeatureMutualInformationMetric(),
+    "fsim": FeatureSimilarityMetric(),
+    "vif": VisualInformationFidelityMetric(),
     "psnr": FusionPSNRMetric(),
 }
-OPTIMUM, NETWORK, SHARE = "optimum", "network", "network / optimum"
+# by name, for 2 or 3 spatial dimensions
+LOSSES: dict[str, Callable[[int], torch.nn.Module]] = {
+    "paper": ClinicalFMambaLoss,
+    "joint": lambda spatial_dims: JointFusionLoss(),
+    "ssim": lambda spatial_dims: FusionSSIMLoss(),
+}
+FLOOR, OPTIMUM, NETWORK, RATIO, SHARE = "average", "optimum", "network", "network / optimum", "share of the range"
+
+
+def build_loss(loss: str | dict, spatial_dims: int) -> torch.nn.Module:
+    """A loss by its name in `LOSSES`, or from its MONAI config."""
+    if isinstance(loss, dict):
+        return ConfigParser({"loss": loss}).get_parsed_content("loss")
+    if loss not in LOSSES:
+        raise ValueError(f"loss must be one of {tuple(LOSSES)} or a MONAI config, got {loss!r}.")
+    return LOSSES[loss](spatial_dims)
 
 
 def optimise(sources: torch.Tensor, loss: torch.nn.Module, steps: int, lr: float) -> torch.Tensor:
@@ -148,13 +176,28 @@ def pick(pairs: list[dict], limit: int | None) -> list[dict]:
     return picked
 
 
+def attainable_share(value: float, floor: float, optimum: float) -> float:
+    """
+    The share of a metric's (or a loss's) attainable range that is reached, whichever direction is good: 0 at the
+    floor, which needs no network (averaging the sources), 1 at the optimum of the pixels. NaN without a range.
+
+    Args:
+        value: what was reached, a mean over cases.
+        floor: mean of the average of the sources over the same cases.
+        optimum: mean of the images that were optimised one by one, over the same cases.
+    """
+    return (value - floor) / (optimum - floor) if optimum != floor else math.nan
+
+
 def summarise(scores: dict[str, dict[str, dict[str, list[float]]]]) -> list[dict]:
-    """Scores by task, row and column -> records of means; the last of each task is the network's share."""
+    """Scores by task, row and column -> records of means; the last two of each task are the network's shares."""
     records = []
     for task, rows in scores.items():
         means = {row: {k: sum(v) / len(v) for k, v in columns.items()} for row, columns in rows.items()}
         if NETWORK in means:
-            means[SHARE] = {k: means[NETWORK][k] / means[OPTIMUM][k] for k in means[OPTIMUM]}
+            network, optimum, floor = (means[row] for row in (NETWORK, OPTIMUM, FLOOR))
+            means[RATIO] = {k: network[k] / optimum[k] for k in network}
+            means[SHARE] = {k: attainable_share(network[k], floor[k], optimum[k]) for k in network}
         n = len(rows[OPTIMUM]["loss"])
         records += [{"task": task, "row": row, "n": n, **columns} for row, columns in means.items()]
     return records
@@ -182,7 +225,7 @@ def main(
     output_dir: str = "fusion_optimum",
     weights: str | None = None,
     config: str | None = None,
-    loss: dict | None = None,
+    loss: str | dict = "paper",
     spatial_dims: int = 2,
     steps: int = 1000,
     lr: float = 0.1,
@@ -199,17 +242,20 @@ def main(
         output_dir: folder for the tables.
         weights: state dict of a network to compare.
         config: bundle config whose ``network_def`` has these weights; by default the registered network's defaults.
-        loss: MONAI config of another loss than the paper's, ``'{"_target_": "scripts.losses.FusionSSIMLoss"}'``.
+        loss: what is minimised: ``paper`` (its training loss), ``joint`` (`JointFusionLoss`), ``ssim`` (mean SSIM
+            alone), or a MONAI config of any other loss, ``'{"_target_": "scripts.losses.JointFusionLoss",
+            "ssim_weight": 50}'``.
         spatial_dims: 2 or 3, of the paper's loss and of the default network.
         steps: optimisation steps.
         lr: first learning rate, in units of intensity.
         limit: take at most so many pairs of each task.
         batch_size: pairs optimised at once.
         device: where to compute, e.g. ``cuda``.
+
+    Raises:
+        ValueError: when ``loss`` is a name that is none of these.
     """
-    criterion = ClinicalFMambaLoss(spatial_dims)
-    if loss is not None:
-        criterion = ConfigParser({"loss": loss}).get_parsed_content("loss")
+    criterion = build_loss(loss, spatial_dims)
     rows = dict(RULES)
     rows[OPTIMUM] = lambda sources: optimise(sources, criterion, steps, lr)
     if weights is not None:
@@ -225,7 +271,10 @@ def main(
 
     records = summarise(scores)
     # JSON has no infinity, which a copy's PSNR is
-    finite = [{k: None if v == float("inf") else v for k, v in record.items()} for record in records]
+    finite = [
+        {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        for record in records
+    ]
     settings = {"split": split, "limit": limit, "weights": weights, "loss": loss, "steps": steps, "lr": lr}
     report = json.dumps({"settings": settings, "table": finite}, indent=4) + "\n"
     for extension, text in (("csv", to_csv(records)), ("json", report), ("md", to_markdown(records))):

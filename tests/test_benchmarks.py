@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -24,8 +25,9 @@ from custom_nets.nets import build_network
 from scripts.phantom import write
 
 PATH = Path(__file__).resolve().parents[1] / "benchmarks" / "fusion_optimum.py"
+SHARES = ("network / optimum", "share of the range")
 RULES = ("copy MRI", "copy partner", "average", "maximum")
-COLUMNS = ("loss", "ssim", "qabf", "scd", "psnr")
+COLUMNS = ("loss", "ssim", "ssim_worse", "ms_ssim", "qabf", "scd", "fmi", "fsim", "vif", "psnr")
 
 
 @pytest.fixture(scope="module")
@@ -88,13 +90,37 @@ def test_more_steps_come_closer(benchmark, slices, tmp_path):
     assert losses[0] > losses[1] > losses[2]
 
 
-def test_another_loss_is_what_is_minimised(benchmark, slices, tmp_path):
-    loss = {"_target_": "scripts.losses.FusionSSIMLoss"}
+@pytest.mark.parametrize(
+    "loss, of_metrics",
+    [
+        ("ssim", lambda row: 1 - row["ssim"]),
+        ("joint", lambda row: 20 * (1 - row["ssim"]) - row["scd"] - 5 * row["qabf"]),
+        ({"_target_": "scripts.losses.EdgePreservationLoss"}, lambda row: -row["qabf"]),
+    ],
+)
+def test_another_loss_is_what_is_minimised(benchmark, slices, tmp_path, loss, of_metrics):
     benchmark.main(slices, output_dir=str(tmp_path), steps=60, limit=1, loss=loss, modalities=("MRI", "CT"))
     found = table(tmp_path)
-    assert found["MRI-CT", "maximum"]["loss"] == pytest.approx(1 - found["MRI-CT", "maximum"]["ssim"], abs=0.01)
-    best_rule = min(found["MRI-CT", rule]["loss"] for rule in RULES)
-    assert found["MRI-CT", "optimum"]["loss"] < best_rule
+    maximum, optimum = found["MRI-CT", "maximum"], found["MRI-CT", "optimum"]
+    # the metrics are those of 8-bit images
+    assert maximum["loss"] == pytest.approx(of_metrics(maximum), abs=0.2)
+    assert optimum["loss"] < min(found["MRI-CT", rule]["loss"] for rule in RULES)
+    assert of_metrics(optimum) < of_metrics(maximum)
+
+
+def test_unknown_loss(benchmark, slices, tmp_path):
+    with pytest.raises(
+        ValueError, match="loss must be one of \\('paper', 'joint', 'ssim'\\) or a MONAI config, got 'l1'"
+    ):
+        benchmark.main(slices, output_dir=str(tmp_path / "out"), loss="l1")
+    assert not (tmp_path / "out").exists()
+
+
+def test_attainable_share(benchmark):
+    assert benchmark.attainable_share(0.75, floor=0.7, optimum=0.8) == pytest.approx(0.5)
+    assert benchmark.attainable_share(-2.9, floor=1.0, optimum=-3.0) == pytest.approx(3.9 / 4)
+    assert benchmark.attainable_share(0.6, floor=0.7, optimum=0.8) == pytest.approx(-1)
+    assert math.isnan(benchmark.attainable_share(0.7, floor=0.7, optimum=0.7))
 
 
 def test_a_network_is_set_beside_it(benchmark, slices, tmp_path):
@@ -109,9 +135,12 @@ def test_a_network_is_set_beside_it(benchmark, slices, tmp_path):
     out = tmp_path / "out"
     benchmark.main(slices, str(tmp_path / "list.json"), output_dir=str(out), steps=20, **options)
     found = table(out)
-    assert list(found) == [("MRI-CT", row) for row in (*RULES, "optimum", "network", "network / optimum")]
-    optimum, untrained, share = (found["MRI-CT", row] for row in ("optimum", "network", "network / optimum"))
+    assert list(found) == [("MRI-CT", row) for row in (*RULES, "optimum", "network", *SHARES)]
+    average, optimum, untrained = (found["MRI-CT", row] for row in ("average", "optimum", "network"))
+    ratio, share = (found["MRI-CT", row] for row in SHARES)
     assert optimum["n"] == 2
     for column in COLUMNS:
-        assert share[column] == pytest.approx(untrained[column] / optimum[column])
-    assert share["loss"] > 1, "nothing was trained"
+        assert ratio[column] == pytest.approx(untrained[column] / optimum[column])
+        attained, attainable = untrained[column] - average[column], optimum[column] - average[column]
+        assert share[column] == pytest.approx(attained / attainable)
+    assert ratio["loss"] > 1, "nothing was trained"

@@ -45,6 +45,8 @@ COMMON = {**NETWORK, "device": "cpu", "num_workers": 0}
 TRAIN = {**COMMON, "max_epochs": 2, "val_interval": 1, "crop_size": [32, 24]}
 TRAIN_3D = {**TRAIN, "crop_size": [16, 24, 8], "batch_size": 2, "max_epochs": 1}
 
+EVALUATION = ["ssim", *json.loads((CONFIGS / "evaluate.json").read_text())["validate#additional_metrics"]]
+
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
 
 
@@ -199,7 +201,7 @@ class TestSlices:
         rows, report = read_metrics(folder)
         cases = sorted(pair["case"] for pair in json.loads((trained / "datalist.json").read_text())["test"])
         assert [row["case"] for row in rows] == [*cases, "mean", "std"] and len(cases) == 6
-        assert list(rows[0]) == ["case", "ssim", "psnr", "qabf", "scd", "entropy"]
+        assert list(rows[0]) == ["case", *EVALUATION]
         assert report["metrics"]["ssim"]["n"] == 6 and -1 < report["metrics"]["ssim"]["mean"] < 1
 
     def test_infer_from_another_folder(self, slices, trained, tmp_path):
@@ -461,7 +463,7 @@ class TestSeveralProcesses:
         (rows, _), (expected, _) = read_metrics(tmp_path / "two"), read_metrics(tmp_path / "one")
         assert [row["case"] for row in rows] == [row["case"] for row in expected] and len(rows) == 5 + 2
         for row, other in zip(rows, expected):
-            for key in ("ssim", "psnr", "qabf", "scd", "entropy"):
+            for key in EVALUATION:
                 assert float(row[key]) == pytest.approx(float(other[key]), rel=1e-4, abs=1e-6)
 
     @pytest.mark.slow

@@ -11,18 +11,33 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.metrics.regression import compute_ssim_and_cs
 from monai.transforms import SobelGradients
 from scipy import ndimage
 from skimage.metrics import structural_similarity
 
-from scripts.gradients import sobel
-from scripts.losses import ClinicalFMambaLoss, FusionGradientLoss, FusionIntensityLoss, FusionSSIMLoss
+from scripts.correlation import correlation, sum_of_correlation_differences
+from scripts.gradients import edge_preservation, scharr, sobel
+from scripts.losses import (
+    ClinicalFMambaLoss,
+    EdgePreservationLoss,
+    FusionGradientLoss,
+    FusionIntensityLoss,
+    FusionSSIMLoss,
+    JointFusionLoss,
+    SumOfCorrelationDifferencesLoss,
+)
+from scripts.metrics import EdgePreservationMetric, SumOfCorrelationDifferencesMetric
 from scripts.ssim import ssim
+
+CONFIGS = Path(__file__).resolve().parents[1] / "bundles" / "clinicalfmamba_fusion" / "configs"
 
 SHAPES = [(2, 1, 32, 27), (1, 1, 16, 20, 14), (2, 1, 24, 24, 10)]
 
@@ -58,6 +73,14 @@ def test_sobel_by_hand():
     assert torch.equal(gradient[1, 0], gradient[1, 2]), "the border must not add an edge"
     volume = sobel(step.unsqueeze(-1).expand(-1, -1, -1, -1, 4))[0, 0]
     assert torch.equal(volume[:2, ..., 0], gradient) and torch.all(volume[2] == 0)
+
+
+def test_scharr_matches_scipy():
+    x = torch.cat(images(SHAPES[0]), dim=1)
+    for axis in range(2):
+        kernel = np.outer([-1, 0, 1], [3, 10, 3])
+        expected = ndimage.correlate(x[1, 2].numpy(), kernel if axis == 0 else kernel.T, mode="constant")
+        np.testing.assert_allclose(scharr(x)[1, 2, axis].numpy(), expected, atol=1e-5)
 
 
 def test_sobel_is_differentiable():
@@ -166,15 +189,90 @@ def test_gradients_flow(shape, gradient_form):
     assert torch.isfinite(black.grad).all()
 
 
+def losses(spatial_dims):
+    return [
+        ClinicalFMambaLoss(spatial_dims),
+        JointFusionLoss(),
+        EdgePreservationLoss(),
+        SumOfCorrelationDifferencesLoss(),
+    ]
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_autocast_computes_in_float32(shape):
     fused, sources = (i.bfloat16() for i in images(shape))
-    loss = ClinicalFMambaLoss(len(shape) - 2)
-    expected = loss(fused.float(), sources.float())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        actual = loss(fused, sources)
-    assert actual.dtype == torch.float32
-    torch.testing.assert_close(actual, expected)
+    for loss in losses(len(shape) - 2):
+        expected = loss(fused.float(), sources.float())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            actual = loss(fused, sources)
+        assert actual.dtype == torch.float32
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_joint_loss_is_what_the_metrics_say(shape):
+    fused, sources = images(shape)
+    edges, scd = EdgePreservationMetric()(fused, sources).mean(), SumOfCorrelationDifferencesMetric()(fused, sources)
+    torch.testing.assert_close(EdgePreservationLoss()(fused, sources), -edges, atol=1e-3, rtol=0)
+    torch.testing.assert_close(SumOfCorrelationDifferencesLoss()(fused, sources), -scd.mean())
+    structure = 1 - ssim(fused, sources).mean()
+    torch.testing.assert_close(
+        JointFusionLoss()(fused, sources), 20 * structure - scd.mean() - 5 * edges, atol=5e-3, rtol=0
+    )
+    torch.testing.assert_close(
+        JointFusionLoss(1, 2, 3)(fused, sources), structure - 2 * scd.mean() - 3 * edges, atol=5e-3, rtol=0
+    )
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 6, 7), (1, 1, 4, 5, 4)])
+def test_derivatives_of_edges_and_correlations(shape):
+    fused, sources = (i.double() for i in images(shape))
+    fused.requires_grad_()
+    assert torch.autograd.gradcheck(lambda f: edge_preservation(f, sources, smoothing=1e-2), fused)
+    assert torch.autograd.gradcheck(lambda f: sum_of_correlation_differences(f, sources, floor=1e-3), fused)
+    # standard deviations of the difference below the floor
+    nearly = (sources[:, :1] + 1e-5 * fused.detach()).requires_grad_()
+    assert torch.autograd.gradcheck(lambda f: sum_of_correlation_differences(f, sources, floor=1e-3), nearly, eps=1e-9)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_derivatives_are_bounded_where_images_are_flat_or_equal(shape):
+    textured, sources = images(shape)
+    # a brain in a black background, in both sources at the same place
+    head = torch.zeros_like(sources)
+    head[:, :, 8:-4, 8:-8] = sources[:, :, 8:-4, 8:-8]
+    flat = torch.full_like(textured, 0.4)
+    fused = {
+        "black": torch.zeros_like(flat),
+        "flat": flat,
+        "nearly flat": flat + 1e-7 * textured,
+        "copy": head[:, :1],
+        "copy and a constant": head[:, 1:] + 0.1,
+        "average": head.mean(dim=1, keepdim=True),
+    }
+    for loss in losses(len(shape) - 2)[1:]:
+        for name, image in fused.items():
+            for target in (head, torch.cat([flat, flat], dim=1), torch.cat([head[:, :1], flat], dim=1)):
+                image = image.detach().clone().requires_grad_()
+                loss(image, target).backward()
+                assert image.grad.isfinite().all(), (loss, name)
+                # by pixel and case: of the order of the inverse of floor and smoothing at most
+                assert image.grad.abs().max() * image.numel() < 1e5, (loss, name)
+
+
+def test_correlation_with_a_constant_is_zero():
+    a = torch.tensor([[0.7] * 5, [0.1, 0.2, 0.3, 0.4, 0.5]])
+    b = torch.tensor([0.5, 0.4, 0.3, 0.2, 0.1])
+    assert correlation(a, b).tolist() == pytest.approx([0, -1])
+
+
+@pytest.mark.parametrize("files", [("train", "joint_loss"), ("train", "volume", "joint_loss")], ids="-".join)
+def test_config_of_the_joint_loss(files):
+    parser = ConfigParser()
+    parser.read_config([str(CONFIGS / f"{name}.json") for name in files])
+    loss = parser.get_parsed_content("loss")
+    assert isinstance(loss, JointFusionLoss)
+    assert (loss.ssim_weight, loss.scd_weight, loss.edge_weight) == (20, 1, 5)
 
 
 def test_meta_tensors_give_a_plain_loss():

@@ -16,10 +16,19 @@ import torch.nn.functional as F
 from monai.utils import convert_to_tensor
 from torch.nn.modules.loss import _Loss
 
-from scripts.gradients import sobel
+from scripts.correlation import sum_of_correlation_differences
+from scripts.gradients import edge_preservation, sobel
 from scripts.ssim import ssim
 
-__all__ = ["FusionIntensityLoss", "FusionGradientLoss", "FusionSSIMLoss", "ClinicalFMambaLoss"]
+__all__ = [
+    "FusionIntensityLoss",
+    "FusionGradientLoss",
+    "FusionSSIMLoss",
+    "EdgePreservationLoss",
+    "SumOfCorrelationDifferencesLoss",
+    "ClinicalFMambaLoss",
+    "JointFusionLoss",
+]
 
 
 class FusionLoss(_Loss):
@@ -109,6 +118,41 @@ class FusionSSIMLoss(FusionLoss):
         return 1 - ssim(fused, sources).mean()
 
 
+class EdgePreservationLoss(FusionLoss):
+    """
+    The negative edge preservation Q^AB/F, in [-1, 0] (see `scripts.gradients.edge_preservation`).
+
+    Args:
+        smoothing: strength of a Sobel gradient below which its orientation counts less and less. It bounds the
+            derivative where the fused image is flat; a step of one grey level in 255 is 16 times as strong.
+    """
+
+    def __init__(self, smoothing: float = 1e-3) -> None:
+        super().__init__()
+        self.smoothing = smoothing
+
+    def compute(self, fused: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
+        return -edge_preservation(fused, sources, self.smoothing).mean()
+
+
+class SumOfCorrelationDifferencesLoss(FusionLoss):
+    """
+    The negative sum of the correlations of differences, SCD, in [-2, 2] (see
+    `scripts.correlation.sum_of_correlation_differences`).
+
+    Args:
+        floor: a standard deviation below it counts as ``floor``. It bounds the derivative where the fused image
+            differs from a source by a constant.
+    """
+
+    def __init__(self, floor: float = 1e-3) -> None:
+        super().__init__()
+        self.floor = floor
+
+    def compute(self, fused: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
+        return -sum_of_correlation_differences(fused, sources, self.floor).mean()
+
+
 class ClinicalFMambaLoss(FusionLoss):
     """
     Training loss of ClinicalFMamba (Zhou and Khalvati, MICCAI MLMI 2025): the weighted sum of an intensity, a
@@ -148,4 +192,34 @@ class ClinicalFMambaLoss(FusionLoss):
             self.intensity_weight * self.intensity.compute(fused, sources)
             + self.gradient_weight * self.gradient.compute(fused, sources)
             + self.ssim_weight * self.ssim.compute(fused, sources)
+        )
+
+
+class JointFusionLoss(FusionLoss):
+    """
+    ``ssim_weight * (1 - SSIM) - scd_weight * SCD - edge_weight * Q^AB/F``, SSIM the mean over both sources: asks for
+    structure, for what each source has beyond the other, and for edges at once. Plain fusion rules are good at one or
+    two of them: with the default weights, the image that minimises this loss is above average and maximum in all
+    three. At least -7 there, and negative for good fusion.
+
+    Args:
+        ssim_weight: weight of `FusionSSIMLoss`. More of it gives up edges for structure.
+        scd_weight: weight of `SumOfCorrelationDifferencesLoss`.
+        edge_weight: weight of `EdgePreservationLoss`.
+    """
+
+    def __init__(self, ssim_weight: float = 20.0, scd_weight: float = 1.0, edge_weight: float = 5.0) -> None:
+        super().__init__()
+        self.ssim_weight = ssim_weight
+        self.scd_weight = scd_weight
+        self.edge_weight = edge_weight
+        self.ssim = FusionSSIMLoss()
+        self.scd = SumOfCorrelationDifferencesLoss()
+        self.edges = EdgePreservationLoss()
+
+    def compute(self, fused: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
+        return (
+            self.ssim_weight * self.ssim.compute(fused, sources)
+            + self.scd_weight * self.scd.compute(fused, sources)
+            + self.edge_weight * self.edges.compute(fused, sources)
         )

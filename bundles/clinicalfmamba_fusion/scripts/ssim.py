@@ -14,13 +14,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 
-__all__ = ["ssim"]
+__all__ = ["gaussian_blur", "multi_scale_ssim", "ssim"]
 
 
-def _gaussian_blur(x: torch.Tensor, window: Sequence[int], sigma: float) -> torch.Tensor:
-    """Gaussian means of `(B, C, H, W[, D])` over those windows that lie wholly inside the image."""
-    for axis, size in enumerate(window, start=2):
+def gaussian_blur(x: torch.Tensor, window_size: int, sigma: float) -> torch.Tensor:
+    """
+    Gaussian means over those windows that lie wholly inside the image, differentiable. Along a side that is shorter
+    than the window, the window is the largest odd size that fits.
+
+    Args:
+        x: `(B, C, H, W[, D])`.
+        window_size: odd width of the window in pixels.
+        sigma: standard deviation of the Gaussian in pixels.
+
+    Returns:
+        Means of the same type; each side is shorter by the width of its window less one.
+    """
+    for axis in range(2, x.ndim):
+        size = min(window_size, x.shape[axis] - (x.shape[axis] + 1) % 2)
         offsets = torch.arange(size, dtype=torch.float64) - size // 2
         weights = torch.softmax(-(offsets**2) / (2 * sigma**2), dim=0).tolist()
         length = x.shape[axis] - size + 1
@@ -62,15 +75,64 @@ def ssim(
     Returns:
         `(B, S)`, at most 1.
     """
+    luminance, contrast = _similarity(fused, sources, window_size, sigma, data_range, k1, k2)
+    return (luminance * contrast).flatten(2).mean(dim=2)
+
+
+def multi_scale_ssim(
+    fused: torch.Tensor,
+    sources: torch.Tensor,
+    weights: Sequence[float] = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333),
+    window_size: int = 11,
+    sigma: float = 1.5,
+    data_range: float = 1.0,
+    k1: float = 0.01,
+    k2: float = 0.03,
+) -> torch.Tensor:
+    """
+    Multi-scale structural similarity of a fused image to each of its sources (Wang, Simoncelli and Bovik, Asilomar
+    2003, eq. 7) of images and volumes of any size, in float32.
+
+    From one scale to the next every side is halved that keeps at least the width of the window; it ends with
+    ``weights``, or where no side can be halved, and the weights used are scaled to sum to 1. So it is
+    `monai.metrics.MultiScaleSSIMMetric` where all sides have at least 176 pixels; 128 x 128 x 128 voxels have four
+    scales, and a slab of 240 x 240 x 10 voxels has five, halved in its plane only. Negative means count as 0.
+
+    Args:
+        fused: `(B, 1, H, W[, D])`.
+        sources: `(B, S, H, W[, D])`.
+        weights: exponents of the scales, finest first.
+        window_size: see `ssim`, as the arguments below.
+
+    Returns:
+        `(B, S)`, in [0, 1].
+    """
+    pool = {4: F.avg_pool2d, 5: F.avg_pool3d}[fused.ndim]
+    terms = []
+    while True:
+        luminance, contrast = _similarity(fused, sources, window_size, sigma, data_range, k1, k2)
+        terms.append(contrast.flatten(2).mean(dim=2))
+        halving = [2 if side // 2 >= window_size else 1 for side in fused.shape[2:]]
+        if len(terms) == len(weights) or max(halving) == 1:
+            break
+        fused, sources = pool(fused.float(), halving), pool(sources.float(), halving)
+    terms[-1] = (luminance * contrast).flatten(2).mean(dim=2)
+    used = weights[: len(terms)]
+    return torch.stack([term.clamp_min(0) ** (w / sum(used)) for term, w in zip(terms, used)]).prod(dim=0)
+
+
+def _similarity(
+    fused: torch.Tensor, sources: torch.Tensor, window_size: int, sigma: float, data_range: float, k1: float, k2: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Maps of the luminance term, and of the contrast and structure term, `(B, S, ...)` each, in float32."""
     fused, sources = fused.float(), sources.float()
-    window = [min(window_size, side - (side + 1) % 2) for side in sources.shape[2:]]
     # what holds the fused image is blurred apart from what does not: the latter needs no backward pass
     moments = torch.cat([fused, fused**2 + sources**2, fused * sources], dim=1)
-    moments = _gaussian_blur(moments, window, sigma)
+    moments = gaussian_blur(moments, window_size, sigma)
     mean_f, mean_squares, mean_product = moments.split([1, sources.shape[1], sources.shape[1]], dim=1)
-    mean_s = _gaussian_blur(sources, window, sigma)
+    mean_s = gaussian_blur(sources, window_size, sigma)
 
     c1, c2 = (k1 * data_range) ** 2, (k2 * data_range) ** 2
     luminance = (2 * mean_f * mean_s + c1) / (mean_f**2 + mean_s**2 + c1)
     contrast = (2 * (mean_product - mean_f * mean_s) + c2) / (mean_squares - mean_f**2 - mean_s**2 + c2)
-    return (luminance * contrast).flatten(2).mean(dim=2)
+    return luminance, contrast
