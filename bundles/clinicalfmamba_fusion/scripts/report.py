@@ -157,9 +157,9 @@ class SaveReportd(MapTransform):
             "created": datetime.now().astimezone().isoformat(timespec="seconds"),
             "seconds": self.timer.seconds if self.timer else None,
             "inputs": inputs,
-            "registration": info.get("registration"),
+            "registration": _registration(info.get("registration")),
             "metrics": self._measure(data, key),
-            "warnings": [*info.get("warnings", []), *_findings(images, titles)],
+            "warnings": [*(info.get("warnings") or []), *_findings(images, titles)],
             "provenance": self._provenance(),
             "thumbnail": thumbnail_uri(shown.fused, shown.height, shown.width),
         }
@@ -179,7 +179,7 @@ class SaveReportd(MapTransform):
                 temporary.write_text(text, encoding="utf-8")
 
     def _inputs(self, info: Mapping[str, Any], images: CaseImages) -> list[dict[str, Any]]:
-        known = list(info.get("inputs", [])) + [{}, {}]
+        known = list(info.get("inputs") or []) + [{}, {}]
         grid = {"shape": list(images.mri.shape[1:]), "spacing": images.spacing}
         return [
             {
@@ -194,6 +194,8 @@ class SaveReportd(MapTransform):
 
     def _measure(self, data: Mapping[Hashable, Any], key: Hashable) -> dict[str, float | None]:
         fused, sources = (convert_to_tensor(data[k], track_meta=False).float()[None] for k in (key, self.image_key))
+        if not fused.isfinite().all():
+            return dict.fromkeys(self.metrics)
         if fused.shape[1] == 3:
             fused = split_colour(fused[0], self.colour_space)[0][None]
         values = {}
@@ -257,11 +259,24 @@ def _cut(images: CaseImages, limit: float) -> tuple[dict[str, Any] | None, list[
     return viewer, [content.cut(plane, middle[PLANES[plane][0]]) for plane in volume.planes()]
 
 
+def _registration(registration: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """As it was given, but for the folder of its file."""
+    if not registration:
+        return None
+    file = registration.get("transform_file")
+    return {**registration, "transform_file": PurePath(file).name if file else None}
+
+
 def _findings(images: CaseImages, titles: Sequence[str]) -> list[str]:
     """What is wrong with the images themselves."""
-    named = {titles[0]: images.mri, titles[1]: images.partner, "The fused image": images.grey}
-    findings = [f"{name} holds values that are no numbers." for name, i in named.items() if not i.isfinite().all()]
-    return findings + [f"{name} is empty: it has one value only." for name, i in named.items() if i.min() == i.max()]
+    findings = []
+    for name, image in {titles[0]: images.mri, titles[1]: images.partner, "The fused image": images.grey}.items():
+        low, high = (float(i) for i in image.aminmax())
+        if math.isnan(low):
+            findings.append(f"{name} holds values that are no numbers.")
+        elif low == high:
+            findings.append(f"{name} is empty: it has one value only.")
+    return findings
 
 
 def _gradient(limit: float, stops: int = 9) -> list[str]:

@@ -28,15 +28,7 @@ from PIL import Image
 from scripts.colour import check_colour_space, join_colour, split_colour
 from scripts.data import PICTURES, stem
 
-__all__ = [
-    "CaseName",
-    "LoadPair",
-    "LoadPaird",
-    "RestoreChroma",
-    "RestoreChromad",
-    "ScaleToDtype",
-    "ScaleToDtyped",
-]
+__all__ = ["CaseName", "LoadPair", "LoadPaird", "RestoreChroma", "RestoreChromad", "ScaleToDtype", "ScaleToDtyped"]
 
 AFFINE_TOLERANCE = 1e-3
 

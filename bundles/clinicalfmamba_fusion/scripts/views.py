@@ -163,9 +163,10 @@ class CaseImages:
         return CaseImages(**{n: _plain(i) for n, i in oriented.items()}, affine=affine)
 
     def planes(self) -> list[str]:
-        """The planes of a volume as seen that are no thin strips."""
-        limit = THIN * max(self.size)
-        return [plane for plane, (axis, _, _) in PLANES.items() if np.delete(self.size, axis).min() >= limit]
+        """The planes of a volume as seen that are no thin strips; of a rod, the largest one."""
+        faces = {plane: np.delete(self.size, axis) for plane, (axis, _, _) in PLANES.items()}
+        wide = [plane for plane, face in faces.items() if face.min() >= THIN * max(self.size)]
+        return wide or [max(faces, key=lambda plane: faces[plane].prod())]
 
     def middle(self) -> list[int]:
         """Index of the middle of the content along each axis."""
@@ -187,7 +188,8 @@ class CaseImages:
 
     def _foreground(self, level: float) -> list[torch.Tensor]:
         """Along each axis, how many voxels show something at each index."""
-        shown = (self.mri.amax(0) > level) | (self.partner.amax(0) > level)
+        # the mean over red, green and blue: the lowest colour of a map need not be black
+        shown = (self.mri[0] > level) | (self.partner.mean(0) > level)
         axes = range(shown.ndim)
         return [shown.sum(dim=[other for other in axes if other != axis]) for axis in axes]
 
@@ -210,9 +212,7 @@ def checkerboard(first: np.ndarray, second: np.ndarray, size: tuple[float, float
         size: height and width in any unit.
     """
     side = max(size) / SQUARES
-    row, column = (
-        ((np.arange(n) + 0.5) * length / n // side).astype(int) for n, length in zip(first.shape[:2], size)
-    )
+    row, column = (((np.arange(n) + 0.5) * length / n // side).astype(int) for n, length in zip(first.shape[:2], size))
     chosen = (row[:, None] + column) % 2 == 1
     colours = max(first.ndim, second.ndim) == 3
     if colours:

@@ -6,6 +6,14 @@
   // the value of voxel (x, y, z), channel c, is at ((z * ny + y) * nx + x) * channels + c
   const strides = [1, nx, nx * ny];
 
+  const load = (uri) =>
+    new Promise((resolve, reject) => {
+      const image = new Image();
+      image.onload = () => resolve(image);
+      image.onerror = reject;
+      image.src = uri;
+    });
+
   const read = async (uris, channels) => {
     const values = new Uint8ClampedArray(nx * ny * nz * channels);
     const canvas = document.createElement("canvas");
@@ -16,10 +24,7 @@
     for (let slice = 0; slice < nz; slice++) {
       const tile = slice % (data.columns * data.rows);
       if (tile === 0) {
-        const image = new Image();
-        image.src = uris[slice / (data.columns * data.rows)];
-        await image.decode();
-        context.drawImage(image, 0, 0);
+        context.drawImage(await load(uris[slice / (data.columns * data.rows)]), 0, 0);
       }
       const x = (tile % data.columns) * nx;
       const y = Math.floor(tile / data.columns) * ny;
@@ -102,15 +107,7 @@
     };
     slider.max = data.size[axis] - 1;
     slider.value = data.middle[axis];
-    let waiting = false;
-    slider.addEventListener("input", () => {
-      if (waiting) return;
-      waiting = true;
-      requestAnimationFrame(() => {
-        waiting = false;
-        draw();
-      });
-    });
+    slider.addEventListener("input", draw);
     draw();
     label.hidden = false;
   }
