@@ -11,6 +11,8 @@
 from __future__ import annotations
 
 import os
+import runpy
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,7 @@ from skimage import color
 from custom_nets.nets import ClinicalFMamba
 from scripts.colour import COLOUR_SPACES, join_colour, lab_to_rgb, rgb_to_lab, rgb_to_ycbcr, split_colour, ycbcr_to_rgb
 from scripts.colour_maps import DICOM_PALETTES, ColourMap, ColourMapd
-from scripts.phantom import digital_brain
+from scripts.phantom import digital_brain, write
 from scripts.transforms import LoadPair, LoadPaird, RestoreChroma, RestoreChromad
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -171,6 +173,21 @@ def test_hue_of_real_pairs(task: str) -> None:
         differences.append(hue_differences(partner, join_colour(fused, chroma)))
     for name in ("lab", "hsv"):
         assert np.mean([difference[name] for difference in differences]) < 5
+
+
+def test_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", ["fusion_colour.py", "--dataset_dir", str(tmp_path), "--limit", "1"])
+    write(str(tmp_path), kind="slices", subjects=1, shape=(48, 48))
+    runpy.run_path(str(ROOT / "benchmarks" / "fusion_colour.py"), run_name="__main__")
+    rows = [
+        line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| MRI-PET (1 pairs)")
+    ]
+    assert [row[0].split(": ")[1] for row in rows] == ["YCbCr, clipped", "YCbCr", "CIELAB"]
+    clipped, ycbcr, cielab = ([float(value.strip(" |")) for value in row[1:]] for row in rows)
+    # hue in CIELAB, hue in HSV, and lightness
+    assert cielab[0] < min(clipped[0], ycbcr[0]) and ycbcr[2] < min(clipped[2], cielab[2])
+    assert max(ycbcr[4], cielab[4]) <= clipped[4]
 
 
 class TestColourMap:
