@@ -78,7 +78,8 @@ class ColourMapd(MapTransform):
     the lightness is the fused image's, the hue that of the partner's value. The fused image itself stays grey. An item
     whose partner has colours of its own (``chroma_key``, see ``LoadPaird``) stays as it is.
 
-    Adds ``<key>_colour``, RGB ``(3, H, W[, D])`` in [0, 1], and ``partner_key``, the partner in the colours of the map.
+    Adds ``<key>_colour``, RGB ``(3, H, W[, D])`` in [0, 1], and ``partner_colour``, the partner in the colours of the
+    map, which the pictures show instead of the grey ones.
 
     Args:
         keys: keys of the fused images ``(1, H, W[, D])`` in [0, 1].
@@ -86,7 +87,6 @@ class ColourMapd(MapTransform):
         colour_space: where lightness and hue are taken apart, see :func:`scripts.colour.split_colour`.
         image_key: key of the sources ``(2, H, W[, D])`` in [0, 1], whose second channel the map colours.
         chroma_key: key of the partner's chroma.
-        partner_key: key for the coloured partner.
         allow_missing_keys: do not raise when a key is missing.
     """
 
@@ -97,7 +97,6 @@ class ColourMapd(MapTransform):
         colour_space: str = "ycbcr",
         image_key: str = "image",
         chroma_key: str = "chroma",
-        partner_key: str = "partner_colour",
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
@@ -105,7 +104,6 @@ class ColourMapd(MapTransform):
         self.colour_space = check_colour_space(colour_space)
         self.image_key = image_key
         self.chroma_key = chroma_key
-        self.partner_key = partner_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
@@ -116,5 +114,5 @@ class ColourMapd(MapTransform):
             partner = self.colour_map(convert_to_tensor(d[self.image_key], track_meta=False)[1:].to(fused))
             colour = join_colour(fused, split_colour(partner, self.colour_space)[1], self.colour_space)
             d[f"{key}_colour"] = MetaTensor(colour).copy_meta_from(d[key]) if isinstance(d[key], MetaTensor) else colour
-            d[self.partner_key] = partner
+            d["partner_colour"] = partner
         return d
