@@ -67,6 +67,8 @@ demo: venv ## Fuse generated brains in 2D and 3D with the shipped weights, and s
 		--dataset_dir "$(DEMO)/volumes" --output_dir "$(DEMO)/fused_volumes"
 	@echo "== Done. Panels (MRI, partner, fused, difference), best looked at first:"
 	@find "$(DEMO)/fused_slices" "$(DEMO)/fused_volumes" -name '*_panel.png' | sort
+	@echo "Reports of every case, to open in a browser:"
+	@find "$(DEMO)/fused_slices" "$(DEMO)/fused_volumes" -name index.html | sort
 	@echo "Fused images:"
 	@find "$(DEMO)/fused_slices" "$(DEMO)/fused_volumes" -name '*_fused.*' | sort
 

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import re
@@ -92,6 +93,19 @@ def read_metrics(folder):
 
 def names(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def fused_files(case, extension=".png"):
+    return [f"{case}/{case}_{end}" for end in (f"fused{extension}", "panel.png", "report.html", "report.json")]
+
+
+def check_report(folder, case, weights):
+    record = json.loads((folder / case / f"{case}_report.json").read_text())
+    slices = record["inputs"][0]["shape"] == [48, 48]
+    assert list(record["metrics"]) == ["ssim", "psnr", *(["qabf"] if slices else []), "scd", "entropy"]
+    assert record["seconds"] > 0 and record["warnings"] == []
+    assert record["provenance"]["weights"]["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert f"{case}/{case}_report.html" in (folder / "index.html").read_text()
 
 
 def assert_same(a, b):
@@ -215,8 +229,10 @@ class TestSlices:
             **COMMON,
         )
         cases = [f"MRI-{k}_{subject}{n:03d}" for k in ("CT", "PET") for subject in (1, 2, 3, 4) for n in (1, 2, 3)]
-        files = [f"{case}/{case}_{kind}.png" for case in cases for kind in ("fused", "panel")]
-        assert names(tmp_path / "fused") == sorted(files)
+        assert names(tmp_path / "fused") == sorted(
+            ["index.html", *(file for case in cases for file in fused_files(case))]
+        )
+        check_report(tmp_path / "fused", cases[0], trained / "model.pt")
         for case in cases:
             with Image.open(tmp_path / "fused" / case / f"{case}_fused.png") as picture:
                 assert picture.size == (48, 48)
@@ -247,6 +263,16 @@ class TestSlices:
         picture = np.asarray(Image.open(tmp_path / "1001" / "1001_fused.png"))
         assert picture.max() > 255, "16 bits were asked for"
 
+    def test_cielab_and_no_report(self, slices, trained, tmp_path):
+        overrides = {"checkpoint": str(trained / "model.pt"), "modalities": ["MRI", "PET"], "report": False}
+        written = {}
+        for space in ("ycbcr", "cielab"):
+            folder, overrides["colour_space"] = tmp_path / space, space
+            run("inference", kind="infer", dataset_dir=str(slices), output_dir=str(folder), **COMMON, **overrides)
+            assert names(folder)[:3] == ["1001/1001_fused.png", "1001/1001_panel.png", "1002/1002_fused.png"]
+            written[space] = np.asarray(Image.open(folder / "1001" / "1001_fused.png"), int)
+        assert np.abs(written["ycbcr"] - written["cielab"]).max() > 8
+
     def test_a_run_without_validation(self, slices, tmp_path):
         overrides = TRAIN | {"max_epochs": 1, "val_fraction": 0, "cache_rate": 0.0}
         run("train", dataset_dir=str(slices), output_dir=str(tmp_path), **overrides)
@@ -270,14 +296,27 @@ class TestVolumes:
             overrides |= {"max_voxels": 4000, "roi_size": [16, 16, 16]}
         run("inference", "volume", kind="infer", dataset_dir=str(volumes), **COMMON, **overrides)
         cases = [f"phantom_{subject:03d}" for subject in (1, 2, 3)]
-        files = [f"{case}/{case}_{end}" for case in cases for end in ("fused.nii.gz", "panel.png")]
-        assert names(tmp_path) == sorted(files)
+        assert names(tmp_path) == sorted(
+            ["index.html", *(file for case in cases for file in fused_files(case, ".nii.gz"))]
+        )
+        check_report(tmp_path, cases[0], trained_3d / "model.pt")
         fused = nib.load(tmp_path / cases[0] / f"{cases[0]}_fused.nii.gz")
         assert fused.shape == VOLUME_SHAPE and fused.get_data_dtype() == dtype
         np.testing.assert_allclose(fused.affine, AFFINE, atol=1e-5)
         peak = np.iinfo(dtype).max if dtype != "float32" else 1
         values = fused.get_fdata()
         assert 0 <= values.min() < values.max() <= peak and values.max() > 0.02 * peak
+
+    def test_colour_map(self, volumes, trained_3d, tmp_path):
+        overrides = {"checkpoint": str(trained_3d / "model.pt"), "colormap": "hot", "output_dir": str(tmp_path)}
+        run("inference", "volume", kind="infer", dataset_dir=str(volumes), **COMMON, **overrides)
+        case = tmp_path / "phantom_001"
+        grey, colour = (nib.load(case / f"phantom_001_fused{end}.nii.gz") for end in ("", "_colour"))
+        assert grey.shape == VOLUME_SHAPE and colour.shape == (*VOLUME_SHAPE, 3)
+        np.testing.assert_allclose(colour.affine, AFFINE, atol=1e-5)
+        # the colours have the luma of the grey volume, which stays as it is
+        luma = colour.get_fdata() @ [0.299, 0.587, 0.114]
+        assert np.abs(luma - grey.get_fdata()).max() < 1.5 and np.ptp(colour.get_fdata(), axis=-1).max() > 30
 
     @pytest.mark.slow
     def test_as_commands(self, volumes, tmp_path):
@@ -288,7 +327,7 @@ class TestVolumes:
         run_command("train", "volume", "evaluate", cwd=tmp_path, run_id="training", output_dir="evaluated", **shared)
         assert len(read_metrics(tmp_path / "evaluated")[1]["cases"]) == 1
         run_command("inference", "volume", cwd=tmp_path, output_dir="fused", **shared)
-        assert len(names(tmp_path / "fused")) == 6
+        assert len(names(tmp_path / "fused")) == 3 * 4 + 1
 
 
 class TestProperties:
@@ -601,7 +640,7 @@ def test_the_bundle_alone(slices, trained, tmp_path):
     )
     assert result.returncode == 0, result.stderr[-4000:]
     assert "custom_nets is not installed" in result.stdout
-    assert len(names(out)) == 2 * 24
+    assert len(names(out)) == 4 * 24 + 1
 
 
 class TestFiles:

@@ -8,62 +8,43 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""One picture per case to look at: the sources, the fused image and what it adds to the MRI."""
+"""One picture per case to look at: the sources, the fused image, their alignment and what the fusion adds."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from monai.config import KeysCollection
-from monai.data import MetaTensor
-from monai.data.utils import affine_to_spacing
-from monai.transforms import MapTransform, Orientation
-from monai.utils import convert_to_tensor
+from monai.transforms import MapTransform
 
+from scripts.colour import check_colour_space
 from scripts.data import replacing
-from scripts.transforms import CaseName, rgb_to_ycbcr, ycbcr_to_rgb
+from scripts.views import PLANES, CaseImages, Cut, case_name, view_titles
 
 __all__ = ["SavePaneld"]
 
-# which axis of an L-P-I volume a plane cuts, and what its left and upper edges show
-PLANES = {"axial": (2, "R", "A"), "coronal": (1, "R", "S"), "sagittal": (0, "A", "S")}
-FOREGROUND = 0.1
-THIN = 0.25
 COLUMN_INCHES = 2.6
 DPI = 140
 
 
-@dataclass
-class _Row:
-    """Pictures ``(height, width[, 3])`` of one plane, upright, and the size of their field of view."""
-
-    pictures: list[np.ndarray]
-    height: float
-    width: float
-    plane: str = ""
-
-
 class SavePaneld(MapTransform):
     """
-    Save ``<output_dir>/<case>/<case>_panel.png``: MRI, partner (in colour if the item has chroma), fused image, and
-    the difference of fused image and MRI. A slice gives one row; a volume gives one row for each of the axial, coronal
-    and sagittal planes through the middle of its content, as a radiologist sees them (the patient's right on the left),
-    and only the planes of a slab that are not thin strips.
+    Save ``<output_dir>/<case>/<case>_panel.png``: MRI, partner and fused image (the latter in colour if the item has
+    chroma or was given a colour map), a checkerboard of MRI and partner, and the difference of fused image and MRI. A
+    slice gives one row, a volume one for each plane, see :meth:`scripts.views.CaseImages.cuts`.
 
     Args:
         keys: keys of the fused images, ``(1, H, W[, D])`` or RGB ``(3, H, W[, D])``, in [0, 1].
         output_dir: folder for the case folders.
         image_key: key of the sources ``(2, H, W[, D])`` in [0, 1], in the grid of the fused image.
         chroma_key: key of the partner's chroma, which an item may have (see ``LoadPaird``).
+        colour_space: that of ``LoadPaird``.
         titles: names of the two sources.
         difference_limit: end of the colour scale of the difference, on both sides.
         allow_missing_keys: do not raise when a key is missing.
@@ -75,6 +56,7 @@ class SavePaneld(MapTransform):
         output_dir: str | Path = "./",
         image_key: str = "image",
         chroma_key: str = "chroma",
+        colour_space: str = "ycbcr",
         titles: Sequence[str] = ("MRI", "Partner"),
         difference_limit: float = 0.5,
         allow_missing_keys: bool = False,
@@ -83,22 +65,20 @@ class SavePaneld(MapTransform):
         self.output_dir = Path(output_dir)
         self.image_key = image_key
         self.chroma_key = chroma_key
-        self.titles = (*titles, "Fused", f"Fused \N{MINUS SIGN} {titles[0]}")
+        self.colour_space = check_colour_space(colour_space)
+        self.titles = view_titles(titles)
         self.difference_limit = difference_limit
-        self.case_name = CaseName()
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         for key in self.key_iterator(d):
-            case = Path(self.case_name(getattr(d[key], "meta", None), self)["subject"]).stem
-            columns = _columns(d[self.image_key], d[key], d.get(self.chroma_key))
-            affine = getattr(d[key], "affine", torch.eye(4))
-            rows = _planes(columns, affine) if columns[0].ndim == 4 else [_slice(columns, affine)]
+            case = case_name(d[key])
+            images = CaseImages.of_item(d, key, self.image_key, self.chroma_key, self.colour_space)
             with replacing(self.output_dir / case / f"{case}_panel.png") as temporary:
-                self._draw(case, rows).savefig(temporary, dpi=DPI)
+                self._draw(case, images.cuts()).savefig(temporary, dpi=DPI)
         return d
 
-    def _draw(self, case: str, rows: Sequence[_Row]) -> Figure:
+    def _draw(self, case: str, rows: Sequence[Cut]) -> Figure:
         # every millimetre has one size on the page, whatever the plane
         scale = COLUMN_INCHES / max(row.width for row in rows)
         heights = [row.height * scale for row in rows]
@@ -149,40 +129,3 @@ def _name_edges(axes: Axes, plane: str) -> None:
         axes.text(
             x, y, text, ha=align, va="center", color="white", size=9, transform=axes.transAxes, path_effects=[outline]
         )
-
-
-def _columns(sources: torch.Tensor, fused: torch.Tensor, chroma: torch.Tensor | None) -> list[torch.Tensor]:
-    """The four columns of the panel, channel first, grey ``(1, ...)`` or RGB ``(3, ...)``, on the CPU."""
-    image, pred = (convert_to_tensor(i, track_meta=False).detach().cpu().float() for i in (sources, fused))
-    mri, partner = image[:1], image[1:]
-    if chroma is not None:
-        partner = ycbcr_to_rgb(partner, convert_to_tensor(chroma, track_meta=False).cpu())
-    luma = rgb_to_ycbcr(pred)[0] if pred.shape[0] == 3 else pred
-    return [mri, partner, pred.clamp(0, 1), luma - mri]
-
-
-def _upright(picture: torch.Tensor) -> np.ndarray:
-    """``(C, x, y)``, the order of MONAI's readers, to ``(y, x)`` or ``(y, x, 3)``."""
-    return picture.permute(2, 1, 0).squeeze(-1).numpy()
-
-
-def _slice(columns: Sequence[torch.Tensor], affine: torch.Tensor) -> _Row:
-    size = np.multiply(columns[0].shape[1:], affine_to_spacing(affine, 2))
-    return _Row([_upright(column) for column in columns], height=float(size[1]), width=float(size[0]))
-
-
-def _planes(columns: Sequence[torch.Tensor], affine: torch.Tensor) -> list[_Row]:
-    # with axes that run to the left, to the back and down, each plane is upright as it lies in memory
-    orient = Orientation(axcodes="LPI", labels=(("L", "R"), ("P", "A"), ("I", "S")))
-    volume: MetaTensor = orient(MetaTensor(torch.cat(list(columns)), affine=affine))  # type: ignore[assignment]
-    size = np.multiply(volume.shape[1:], affine_to_spacing(volume.affine))
-    oriented = torch.split(volume.as_tensor(), [column.shape[0] for column in columns])
-    content = (torch.cat(oriented[:2]).amax(0) > FOREGROUND).nonzero()
-    middle = content.median(0).values.tolist() if len(content) else [n // 2 for n in volume.shape[1:]]
-    rows = []
-    for plane, (axis, _, _) in PLANES.items():
-        width, height = (float(s) for s in np.delete(size, axis))
-        if min(width, height) >= THIN * size.max():
-            pictures = [_upright(column.select(axis + 1, middle[axis])) for column in oriented]
-            rows.append(_Row(pictures, height, width, plane))
-    return rows

@@ -11,12 +11,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
 __all__ = ["gaussian_blur", "multi_scale_ssim", "ssim"]
+
+# A CPU computes a volume several times as fast in blocks: the memory of one is still there for the next.
+BLOCK_VOXELS = 2**19
 
 
 def gaussian_blur(x: torch.Tensor, window_size: int, sigma: float) -> torch.Tensor:
@@ -75,8 +79,7 @@ def ssim(
     Returns:
         `(B, S)`, at most 1.
     """
-    luminance, contrast = _similarity(fused, sources, window_size, sigma, data_range, k1, k2)
-    return (luminance * contrast).flatten(2).mean(dim=2)
+    return _mean_similarity(fused, sources, window_size, sigma, data_range, k1, k2)[0]
 
 
 def multi_scale_ssim(
@@ -110,29 +113,47 @@ def multi_scale_ssim(
     pool = {4: F.avg_pool2d, 5: F.avg_pool3d}[fused.ndim]
     terms = []
     while True:
-        luminance, contrast = _similarity(fused, sources, window_size, sigma, data_range, k1, k2)
-        terms.append(contrast.flatten(2).mean(dim=2))
+        similarity, contrast = _mean_similarity(fused, sources, window_size, sigma, data_range, k1, k2)
+        terms.append(contrast)
         halving = [2 if side // 2 >= window_size else 1 for side in fused.shape[2:]]
         if len(terms) == len(weights) or max(halving) == 1:
             break
         fused, sources = pool(fused.float(), halving), pool(sources.float(), halving)
-    terms[-1] = (luminance * contrast).flatten(2).mean(dim=2)
+    terms[-1] = similarity
     used = weights[: len(terms)]
     return torch.stack([term.clamp_min(0) ** (w / sum(used)) for term, w in zip(terms, used)]).prod(dim=0)
 
 
-def _similarity(
+def _mean_similarity(
     fused: torch.Tensor, sources: torch.Tensor, window_size: int, sigma: float, data_range: float, k1: float, k2: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Maps of the luminance term, and of the contrast and structure term, `(B, S, ...)` each, in float32."""
+    """Means over all positions of the window, `(B, S)`: of the similarity, and of its contrast and structure term."""
     fused, sources = fused.float(), sources.float()
+    constants = (k1 * data_range) ** 2, (k2 * data_range) ** 2
+    window = [min(window_size, side - (side + 1) % 2) for side in sources.shape[2:]]
+    positions = [side - size + 1 for side, size in zip(sources.shape[2:], window)]
+    rows = positions[0]
+    if fused.device.type == "cpu" and not (torch.is_grad_enabled() and fused.requires_grad):
+        rows = max(BLOCK_VOXELS // sources[0, 0, 0].numel(), window[0])
+    totals = [torch.zeros(sources.shape[:2], device=sources.device) for _ in range(2)]
+    for first in range(0, positions[0], rows):
+        length = min(rows, positions[0] - first) + window[0] - 1
+        block = (i.narrow(2, first, length) for i in (fused, sources))
+        luminance, contrast = _similarity(*block, window_size, sigma, *constants)
+        totals = [total + x.flatten(2).sum(dim=2) for total, x in zip(totals, (luminance * contrast, contrast))]
+    return totals[0] / math.prod(positions), totals[1] / math.prod(positions)
+
+
+def _similarity(
+    fused: torch.Tensor, sources: torch.Tensor, window_size: int, sigma: float, c1: float, c2: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Maps of the luminance term, and of the contrast and structure term, `(B, S, ...)` each."""
     # what holds the fused image is blurred apart from what does not: the latter needs no backward pass
     moments = torch.cat([fused, fused**2 + sources**2, fused * sources], dim=1)
     moments = gaussian_blur(moments, window_size, sigma)
     mean_f, mean_squares, mean_product = moments.split([1, sources.shape[1], sources.shape[1]], dim=1)
     mean_s = gaussian_blur(sources, window_size, sigma)
 
-    c1, c2 = (k1 * data_range) ** 2, (k2 * data_range) ** 2
     luminance = (2 * mean_f * mean_s + c1) / (mean_f**2 + mean_s**2 + c1)
     contrast = (2 * (mean_product - mean_f * mean_s) + c2) / (mean_squares - mean_f**2 - mean_s**2 + c2)
     return luminance, contrast

@@ -25,38 +25,12 @@ from monai.transforms import LoadImage, MapTransform, Transform
 from monai.utils import ImageMetaKey, convert_to_tensor, get_equivalent_dtype
 from PIL import Image
 
+from scripts.colour import check_colour_space, join_colour, split_colour
 from scripts.data import PICTURES, stem
 
-__all__ = [
-    "CaseName",
-    "LoadPair",
-    "LoadPaird",
-    "RestoreChroma",
-    "RestoreChromad",
-    "ScaleToDtype",
-    "ScaleToDtyped",
-    "rgb_to_ycbcr",
-    "ycbcr_to_rgb",
-]
+__all__ = ["CaseName", "LoadPair", "LoadPaird", "RestoreChroma", "RestoreChromad", "ScaleToDtype", "ScaleToDtyped"]
 
 AFFINE_TOLERANCE = 1e-3
-
-
-def rgb_to_ycbcr(rgb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    ITU-R BT.601, full range: RGB ``(3, ...)`` in [0, 1] to luma ``(1, ...)`` in [0, 1] and chroma ``(2, ...)``, Cb and
-    Cr, in [0, 1] with 0.5 as neutral.
-    """
-    red, green, blue = rgb
-    luma = 0.299 * red + 0.587 * green + 0.114 * blue
-    return luma[None], torch.stack([0.5 + (blue - luma) / 1.772, 0.5 + (red - luma) / 1.402])
-
-
-def ycbcr_to_rgb(luma: torch.Tensor, chroma: torch.Tensor) -> torch.Tensor:
-    """Inverse of :func:`rgb_to_ycbcr`; colours that luma and chroma put outside RGB are clipped to [0, 1]."""
-    y, cb, cr = luma[0], chroma[0] - 0.5, chroma[1] - 0.5
-    red, blue = y + 1.402 * cr, y + 1.772 * cb
-    return torch.stack([red, (y - 0.299 * red - 0.114 * blue) / 0.587, blue]).clamp(0, 1)
 
 
 def _grey_or_rgb(picture: Image.Image) -> Image.Image:
@@ -71,11 +45,16 @@ class LoadPair(Transform):
     Read two co-registered images, or one file with two channels, as one ``(2, H, W[, D])`` float32 ``MetaTensor`` of
     raw intensities: channel 0 the MRI, channel 1 its partner. The metadata is the MRI's.
 
-    Of a colour image the luma is read, in the range of the file (0..255); the partner's chroma ``(2, H, W[, D])`` (Cb,
-    Cr in [0, 1], 0.5 neutral, see :func:`rgb_to_ycbcr`) is returned beside. An image with three equal channels is grey.
+    Of a colour image the grey of :func:`scripts.colour.split_colour` is read (luma by default), in the range of the
+    file (0..255); the partner's chroma ``(2, H, W[, D])`` is returned beside. An image with three equal channels is
+    grey.
+
+    Args:
+        colour_space: ``"ycbcr"`` or ``"cielab"``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, colour_space: str = "ycbcr") -> None:
+        self.colour_space = check_colour_space(colour_space)
         self._load = LoadImage(ensure_channel_first=True)
         self._picture_reader = PILReader(converter=_grey_or_rgb)
 
@@ -107,7 +86,7 @@ class LoadPair(Transform):
                 "The two images of a pair have different affines: they are fused voxel by voxel in the grid of the MRI."
                 " Make sure that they are co-registered."
             )
-        (mri, _), (partner, chroma) = (_luma(i, file) for i, file in zip(images, files))
+        (mri, _), (partner, chroma) = (_grey(i, file, self.colour_space) for i, file in zip(images, files))
         return MetaTensor(torch.cat([mri, partner]), meta=images[0].meta), chroma
 
     def _read(self, file: Path) -> MetaTensor:
@@ -119,7 +98,7 @@ class LoadPair(Transform):
             raise ValueError(f"{file} can not be read as an image: replace it, or take its pair out.") from error
 
 
-def _luma(image: MetaTensor, file: Path) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _grey(image: MetaTensor, file: Path, colour_space: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     plain = image.as_tensor()
     if plain.shape[0] == 1:
         return plain, None
@@ -128,8 +107,8 @@ def _luma(image: MetaTensor, file: Path) -> tuple[torch.Tensor, torch.Tensor | N
     if torch.equal(plain[0], plain[1]) and torch.equal(plain[0], plain[2]):
         return plain[:1], None
     peak = 255.0 if plain.max() <= 255 else 65535.0
-    luma, chroma = rgb_to_ycbcr(plain / peak)
-    return luma * peak, chroma
+    grey, chroma = split_colour(plain / peak, colour_space)
+    return grey * peak, chroma
 
 
 class LoadPaird(MapTransform):
@@ -141,15 +120,20 @@ class LoadPaird(MapTransform):
         keys: keys of the file names.
         chroma_key: where to put the partner's chroma, if it has any. ``None`` leaves it out, which a loader that
             batches grey and colour pairs needs: their items must have the same keys.
+        colour_space: see :class:`LoadPair`.
         allow_missing_keys: do not raise when a key is missing.
     """
 
     def __init__(
-        self, keys: KeysCollection = "image", chroma_key: str | None = "chroma", allow_missing_keys: bool = False
+        self,
+        keys: KeysCollection = "image",
+        chroma_key: str | None = "chroma",
+        colour_space: str = "ycbcr",
+        allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         self.chroma_key = chroma_key
-        self.loader = LoadPair()
+        self.loader = LoadPair(colour_space)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
@@ -162,21 +146,30 @@ class LoadPaird(MapTransform):
 
 
 class RestoreChroma(Transform):
-    """Fused luma ``(1, H, W[, D])`` in [0, 1] and its partner's chroma ``(2, H, W[, D])`` to RGB ``(3, H, W[, D])``."""
+    """
+    Fused grey ``(1, H, W[, D])`` in [0, 1] and its partner's chroma ``(2, H, W[, D])`` to RGB ``(3, H, W[, D])``, as
+    :func:`scripts.colour.join_colour` does.
 
-    def __call__(self, luma: torch.Tensor, chroma: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    Args:
+        colour_space: that in which the chroma was read, see :class:`LoadPair`.
+    """
+
+    def __init__(self, colour_space: str = "ycbcr") -> None:
+        self.colour_space = check_colour_space(colour_space)
+
+    def __call__(self, grey: torch.Tensor, chroma: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """
         Raises:
             ValueError: when the two differ in spatial shape.
         """
-        if luma.shape[1:] != chroma.shape[1:]:
+        if grey.shape[1:] != chroma.shape[1:]:
             raise ValueError(
-                f"The fused image {tuple(luma.shape[1:])} and the chroma {tuple(chroma.shape[1:])} differ in shape:"
+                f"The fused image {tuple(grey.shape[1:])} and the chroma {tuple(chroma.shape[1:])} differ in shape:"
                 " transforms that change the grid must be inverted before colour is put back."
             )
-        plain = luma.as_tensor() if isinstance(luma, MetaTensor) else luma
-        rgb = ycbcr_to_rgb(plain, convert_to_tensor(chroma, track_meta=False).to(plain))
-        return MetaTensor(rgb).copy_meta_from(luma) if isinstance(luma, MetaTensor) else rgb
+        plain = grey.as_tensor() if isinstance(grey, MetaTensor) else grey
+        rgb = join_colour(plain, convert_to_tensor(chroma, track_meta=False).to(plain), self.colour_space)
+        return MetaTensor(rgb).copy_meta_from(grey) if isinstance(grey, MetaTensor) else rgb
 
 
 class RestoreChromad(MapTransform):
@@ -186,15 +179,20 @@ class RestoreChromad(MapTransform):
     Args:
         keys: keys of the fused images.
         chroma_key: key of the chroma that :class:`LoadPaird` left.
+        colour_space: that of :class:`LoadPaird`.
         allow_missing_keys: do not raise when a key is missing.
     """
 
     def __init__(
-        self, keys: KeysCollection = "pred", chroma_key: str = "chroma", allow_missing_keys: bool = False
+        self,
+        keys: KeysCollection = "pred",
+        chroma_key: str = "chroma",
+        colour_space: str = "ycbcr",
+        allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         self.chroma_key = chroma_key
-        self.restore = RestoreChroma()
+        self.restore = RestoreChroma(colour_space)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
@@ -249,7 +247,7 @@ class ScaleToDtyped(MapTransform):
 class CaseName:
     """``output_name_formatter`` for ``SaveImaged``: names the file by ``meta["case"]``, else by the image's file."""
 
-    def __call__(self, metadict: Mapping[str, Any] | None, saver: Transform) -> dict[str, Any]:
+    def __call__(self, metadict: Mapping[str, Any] | None, saver: Transform | None) -> dict[str, Any]:
         meta = metadict or {}
         name = meta.get("case") or stem(meta.get(ImageMetaKey.FILENAME_OR_OBJ, getattr(saver, "_data_index", 0)))
         # the folder layout drops an extension: without one, a case named "1.2.3" would lose its end
