@@ -56,9 +56,7 @@ def _mamba_ssm_scan() -> Callable | None:
     return selective_scan_fn
 
 
-def _cpp_obstacle(device: torch.device, dtype: torch.dtype) -> str:
-    if device.type != "cpu":
-        return f"it needs CPU tensors, these are on {device.type}"
+def _cpp_obstacle(dtype: torch.dtype) -> str:
     from custom_nets.ops.selective_scan_cpp import DTYPES, OBSTACLE
 
     return OBSTACLE if dtype in DTYPES else f"it has no {dtype} kernel"
@@ -68,12 +66,13 @@ def _obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """Why a back end can not serve tensors of ``dtype`` on ``device``; empty if it can."""
     if backend == "torch":
         return ""
-    if backend == "cpp":
-        return _cpp_obstacle(device, dtype)
-    if device.type != "cuda":
-        return f"it needs CUDA tensors, these are on {device.type}"
+    wanted = "cpu" if backend == "cpp" else "cuda"
+    if device.type != wanted:
+        return f"it needs {wanted.upper()} tensors, these are on {device.type}"
     if dtype == torch.float64:
         return "it has no float64 kernel"
+    if backend == "cpp":
+        return _cpp_obstacle(dtype)
     if backend == "triton" and not _HAS_TRITON:
         return "it needs Triton 3.3, which comes with PyTorch 2.7, or a newer one"
     if backend == "mamba_ssm" and _mamba_ssm_scan() is None:

@@ -19,6 +19,7 @@ library is in ``TORCH_EXTENSIONS_DIR``, by default ``torch_extensions`` in the u
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import logging
@@ -45,7 +46,7 @@ _SOURCE = Path(__file__).parent / "csrc" / "selective_scan.cpp"
 _FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", f"-DCHUNK={CHUNK}"]
 # The best first. OpenMP is for the compiler, not for the linker: the runtime has to be the one that PyTorch has loaded,
 # as two pools of threads keep each other waiting. Where its symbols are not found there, one thread has to do.
-_CHOICES = (["-march=native", "-fopenmp"], ["-fopenmp"], [])
+_CHOICES: tuple[list[str], ...] = (["-march=native", "-fopenmp"], ["-fopenmp"], [])
 
 
 def _library_path() -> Path:
@@ -55,57 +56,61 @@ def _library_path() -> Path:
         cpu = sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU "))})
     except OSError:
         cpu = [platform.processor()]
-    description = [_SOURCE.read_text(), str(_FLAGS), str(_CHOICES), platform.platform(), *cpu]
+    description = [_SOURCE.read_text(), str(_FLAGS), str(_CHOICES), platform.machine(), *cpu]
     digest = hashlib.sha256("\n".join(description).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache) / "custom_nets" / f"selective_scan_{digest}.so"
 
 
-def _build(path: Path) -> ctypes.CDLL:
+def _build(path: Path, flags: list[str]) -> ctypes.CDLL:
     """Builds beside ``path`` and renames, so that processes that build at once do not disturb each other."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         object_file, library = (str(Path(folder) / name) for name in ("scan.o", path.name))
-        for flags in _CHOICES:
-            try:
-                for command in (
-                    [*compiler, *_FLAGS, *flags, "-c", str(_SOURCE), "-o", object_file],
-                    [*compiler, "-shared", object_file, "-o", library],
-                ):
-                    subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
-                # the attempt shows whether all symbols are found
-                ctypes.CDLL(library)
-                break
-            except (subprocess.CalledProcessError, OSError) as error:
-                if flags is _CHOICES[-1] or isinstance(error, FileNotFoundError):
-                    raise
+        for command in (
+            [*compiler, *_FLAGS, *flags, "-c", str(_SOURCE), "-o", object_file],
+            [*compiler, "-shared", object_file, "-o", library],
+        ):
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
+        loaded = ctypes.CDLL(library)
         os.replace(library, path)
-    return ctypes.CDLL(str(path))
+    return loaded
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
     """The library, or None and why there is none."""
+    log = logging.getLogger(__name__)
+    causes = []
     try:
         path = _library_path()
-        if path.exists():
+        with contextlib.suppress(OSError):
             return ctypes.CDLL(str(path)), ""
-        logging.getLogger(__name__).warning("Building the selective scan for this CPU, once, in a few seconds: %s", path)
-        return _build(path), ""
-    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
-        output = (getattr(error, "stderr", None) or "").strip().splitlines()
-        return None, f"its C++ library could not be built: {error}" + "".join(f"; {line}" for line in output[:1])
+        log.warning("Building the selective scan for this CPU, once, in a few seconds: %s", path)
+        for flags in _CHOICES:
+            try:
+                library = _build(path, flags)
+            except (subprocess.CalledProcessError, OSError) as error:
+                output = getattr(error, "stderr", "").strip() or str(error)
+                causes.append(output.splitlines()[0])
+                continue
+            if "-fopenmp" not in flags:
+                log.warning("It will use one thread only: %s", causes[-1])
+            return library, ""
+    except (OSError, RuntimeError, ValueError, subprocess.TimeoutExpired) as error:
+        causes.append(str(error))
+    return None, f"its C++ library could not be built ({causes[0]})"
 
 
 _LIBRARY, OBSTACLE = _load()
 if OBSTACLE:
-    warnings.warn(f"The selective scan runs in PyTorch on this CPU, several times slower: {OBSTACLE}", stacklevel=2)
+    warnings.warn(f"the selective scan will be several times slower on this CPU: {OBSTACLE}.", stacklevel=2)
 
 
 _SIZES = ("batch", "directions", "length", "channels", "states", "groups", "softplus", "threads")
 _SEQUENCES = ("u", "delta", "out", "grad", "grad_u", "grad_delta")
 _MATRICES = ("B", "C")
-_ARRAYS = ("A", "D", "bias", "entering", "grad_A", "grad_D", "grad_bias", "grad_B", "grad_C")
+_ARRAYS = ("A", "D", "bias", "borders", "grad_A", "grad_D", "grad_bias", "grad_B", "grad_C")
 
 
 class _Sequence(ctypes.Structure):
@@ -161,13 +166,13 @@ def _blocks(channels: int) -> int:
 
 _ARGUMENTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias"
 _FORWARD, _BACKWARD = (f"custom_nets::selective_scan_cpu_{name}" for name in ("forward", "backward"))
-# torch.library.custom_op would do the same, but imports the compiler of torch.compile at its first call: a second or more.
+# torch.library.custom_op would do the same, but its first call imports all of torch.compile, which takes a second or more.
 torch.library.define(
     _FORWARD, f"({_ARGUMENTS}, bool delta_softplus) -> (Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag
 )
 torch.library.define(
     _BACKWARD,
-    f"(Tensor grad, {_ARGUMENTS}, Tensor entering, bool delta_softplus)"
+    f"(Tensor grad, {_ARGUMENTS}, Tensor borders, bool delta_softplus)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
@@ -184,18 +189,18 @@ def _forward(
     delta_bias: Optional[Tensor],
     delta_softplus: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Outputs ``(B, K, L, D)``, laid out as u, and the states that enter each chunk, ``(B, K, chunks, N, D)``."""
+    """Outputs ``(B, K, L, D)``, laid out as u, and states at the borders of chunks, ``(B, K, chunks + 1, N, D)``."""
     blocks = _blocks(u.shape[3])
-    y, entering = _fake_forward(u, delta, A, B, C, D, delta_bias, delta_softplus)
-    tensors = {**_inputs(u, delta, A, B, C, D, delta_bias), "out": y, "entering": entering}
+    y, borders = _fake_forward(u, delta, A, B, C, D, delta_bias, delta_softplus)
+    tensors = {**_inputs(u, delta, A, B, C, D, delta_bias), "out": y, "borders": borders}
     _call("selective_scan_forward", delta_softplus, blocks, tensors)
-    return y, entering
+    return y, borders
 
 
 @torch.library.register_fake(_FORWARD)
 def _fake_forward(u, delta, A, B, C, D, delta_bias, delta_softplus):
-    chunks = (u.shape[2] + CHUNK - 1) // CHUNK
-    shape = (u.shape[0], u.shape[1], chunks, A.shape[2], u.shape[3])
+    borders = (u.shape[2] + 2 * CHUNK - 1) // CHUNK
+    shape = (u.shape[0], u.shape[1], borders, A.shape[2], u.shape[3])
     return torch.empty_like(u), u.new_empty(shape, dtype=torch.float32)
 
 
@@ -209,7 +214,7 @@ def _backward(
     C: Tensor,
     D: Optional[Tensor],
     delta_bias: Optional[Tensor],
-    entering: Tensor,
+    borders: Tensor,
     delta_softplus: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, delta, A, B, C, D and the bias, the last two also where there are none."""
@@ -230,14 +235,22 @@ def _backward(
         "grad_D": buffer(batch, directions, channels),
         "grad_bias": buffer(batch, directions, channels),
     }
-    tensors = {"grad": grad, "grad_u": grad_u, "grad_delta": grad_delta, "entering": entering}
+    tensors = {"grad": grad, "grad_u": grad_u, "grad_delta": grad_delta, "borders": borders}
     _call("selective_scan_backward", delta_softplus, groups, {**inputs, **sums, **tensors})
     grad_A, grad_B, grad_C, grad_D, grad_bias = (x.sum(0) for x in sums.values())
-    return grad_u, grad_delta.to(delta.dtype), grad_A.to(A.dtype), grad_B.to(B.dtype), grad_C.to(C.dtype), grad_D, grad_bias
+    return (
+        grad_u,
+        grad_delta.to(delta.dtype),
+        grad_A.to(A.dtype),
+        grad_B.to(B.dtype),
+        grad_C.to(C.dtype),
+        grad_D,
+        grad_bias,
+    )
 
 
 @torch.library.register_fake(_BACKWARD)
-def _(grad, u, delta, A, B, C, D, delta_bias, entering, delta_softplus):
+def _(grad, u, delta, A, B, C, D, delta_bias, borders, delta_softplus):
     matrices = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (A, B, C)]
     vectors = [u.new_empty((u.shape[1], u.shape[3]), dtype=torch.float32) for _ in range(2)]
     return torch.empty_like(u), torch.empty_like(delta), *matrices, *vectors
@@ -250,8 +263,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> No
 
 
 def _differentiate(ctx: Any, grad: Optional[Tensor], _: None) -> tuple[Optional[Tensor], ...]:
-    *tensors, entering = ctx.saved_tensors
-    grads = torch.ops.custom_nets.selective_scan_cpu_backward(grad, *tensors, entering, ctx.delta_softplus)
+    *tensors, borders = ctx.saved_tensors
+    grads = torch.ops.custom_nets.selective_scan_cpu_backward(grad, *tensors, borders, ctx.delta_softplus)
     return *(None if x is None else g for x, g in zip(tensors, grads)), None
 
 

@@ -59,7 +59,7 @@ struct Arguments {
   Sequence u, delta, out, grad, grad_u, grad_delta;  // grad is the gradient of out
   Matrix B, C;
   const float *A, *D, *bias;           // (directions, channels, states) and (directions, channels)
-  float* entering;                     // (batch, directions, chunks, states, channels)
+  float* borders;                      // (batch, directions, chunks + 1, states, channels)
   float *grad_A, *grad_D, *grad_bias;  // (batch, directions, channels, states) and (batch, directions, channels)
   float *grad_B, *grad_C;              // (groups, batch, directions, length, states)
 };
@@ -110,20 +110,18 @@ inline Vec load(const float* x) {
 
 inline void store(float* x, Vec y) { std::memcpy(x, &y, sizeof y); }
 
-inline Vec select(Bits mask, Vec yes, Vec no) { return (Vec)((mask & (Bits)yes) | (~mask & (Bits)no)); }
-
 // 2^(k + f) for k = shifted - 1.5 * 2^23 and f within half of 0, where total = k + f. Relative error 1e-7, exact at f = 0;
 // numbers below the smallest normal one are 0.
 inline Vec power(Vec shifted, Vec f, Vec total) {
   Vec p = 1.0f + f * (0.693147004f + f * (0.240222424f + f * (0.0555073358f + f * (0.00967151113f + f * 0.00132647669f))));
   Bits bits = (Bits)p + ((Bits)shifted << 23);
-  return (Vec)(bits & ~(total < -126.0f));
+  return total < -126.0f ? Vec{} : (Vec)bits;
 }
 
 constexpr float ROUND = 0x1.8p23f;
 
 inline Vec exp2(Vec x) {
-  x = select(x > 128.0f, Vec{} + 128.0f, x);  // 2^128 is infinite
+  x = x > 128.0f ? Vec{} + 128.0f : x;  // 2^128 is infinite
   Vec shifted = x + ROUND;
   return power(shifted, x - (shifted - ROUND), x);
 }
@@ -137,12 +135,12 @@ inline Vec exp_negative(Vec x) {
 
 // log(1 + exp(x)) and its slope, both to full relative precision at either end
 inline Vec softplus(Vec x, Vec& slope) {
-  Vec e = exp_negative(select(x < 0.0f, x, -x));
+  Vec e = exp_negative(x < 0.0f ? x : -x);
   Vec s = e / (2.0f + e), z = s * s;  // log(1 + e) = 2 atanh(s)
   Vec log1p = s * (2.0f + z * (0.66666317f + z * (0.400249094f + z * (0.279606044f + z * 0.281783342f))));
   Vec inverse = 1.0f / (1.0f + e);
-  slope = select(x < 0.0f, e * inverse, inverse);
-  return select(x < 0.0f, log1p, x + log1p);
+  slope = x < 0.0f ? e * inverse : inverse;
+  return x < 0.0f ? log1p : x + log1p;
 }
 
 // ---- lanes ---------------------------------------------------------------------------------------------------------
@@ -436,9 +434,15 @@ void for_blocks(const Arguments& a, Call call) {
   }
 }
 
-float* entering_state(const Arguments& a, const Range& r, int64_t chunk) {
+// The state that enters a chunk, for a block of channels.
+float* border(const Arguments& a, const Range& r, int64_t chunk) {
   int64_t chunks = (a.length + CHUNK - 1) / CHUNK, row = r.batch * a.directions + r.direction;
-  return a.entering + (row * chunks + chunk) * a.states * a.channels + r.channel;
+  return a.borders + (row * (chunks + 1) + chunk) * a.states * a.channels + r.channel;
+}
+
+void keep_state(const Arguments& a, const Range& r, int64_t chunk, const Block& block) {
+  float* x = border(a, r, chunk);
+  for (int64_t n = 0; n < a.states; ++n) scatter(x + n * a.channels, 1, r.channels, block.state[n]);
 }
 
 void set_chunk(const Arguments& a, Range& r, int64_t chunk) {
@@ -448,14 +452,14 @@ void set_chunk(const Arguments& a, Range& r, int64_t chunk) {
 
 void forward(const Arguments& a) {
   for_blocks(a, [&](Range r, int64_t, bool, Block& block) {
+    keep_state(a, r, 0, block);
     for (int64_t chunk = 0; chunk * CHUNK < a.length; ++chunk) {
       set_chunk(a, r, chunk);
-      float* entering = entering_state(a, r, chunk);
-      for (int64_t n = 0; n < a.states; ++n) scatter(entering + n * a.channels, 1, r.channels, block.state[n]);
       block.read_inputs(a, r);
       for (int t = 0; t < r.tokens; ++t) block.out[t] = block.D * block.u[t];
       for_states(a.states, [&](int64_t n, auto g) { advance<g()>(r, a.B, a.C, n, block); });
       write(a.out, r, block.out);
+      keep_state(a, r, chunk + 1, block);
     }
   });
 }
@@ -466,7 +470,7 @@ void backward(const Arguments& a) {
     int64_t tokens = (group * a.batch * a.directions + row) * a.length;
     for (int64_t chunk = (a.length + CHUNK - 1) / CHUNK - 1; chunk >= 0; --chunk) {
       set_chunk(a, r, chunk);
-      float* entering = entering_state(a, r, chunk);
+      const float* entering = border(a, r, chunk);
       for (int64_t n = 0; n < a.states; ++n) block.state[n] = gather(entering + n * a.channels, 1, r.channels);
       block.read_inputs(a, r);
       read(a.grad, r, block.out);
