@@ -251,9 +251,9 @@ def cpu_table() -> Table:
     return head, rows
 
 
-def peak_memory() -> int:
-    """Most bytes that this process has held so far (Linux)."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+def memory(field: str) -> int:
+    """Bytes that this process holds (``VmRSS``) or has held at most (``VmHWM``), on Linux."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return 1024 * int(line.split()[1])
 
 
@@ -265,9 +265,10 @@ def measure_length(case: tuple[int, str]) -> list[str]:
     grad = torch.randn_like(inputs[0])
     first = [x[..., :64] if x.ndim == 3 else x for x in inputs]
     on_cpu(backend, first, grad[..., :64])
-    held = peak_memory()
+    held = memory("VmRSS")
     both = on_cpu(backend, inputs, grad)
-    peak = peak_memory() - held
+    # well above what making the inputs took for a moment
+    peak = memory("VmHWM") - held
     forward = min(on_cpu(backend, inputs, None) for _ in range(5))
     both = min(both, *(on_cpu(backend, inputs, grad) for _ in range(4)))
     row = [str(shape), backend, f"{forward:.1f}", f"{both:.1f}", f"{1e6 * both / grad.numel():.2f}"]

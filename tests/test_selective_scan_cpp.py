@@ -9,7 +9,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The compiled back end against PyTorch's in float64, which tests/test_selective_scan.py compares with the recurrence."""
+"""The compiled back end against PyTorch's in float64, which tests/test_selective_scan.py proves."""
 
 from __future__ import annotations
 

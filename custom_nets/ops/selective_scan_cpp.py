@@ -166,7 +166,7 @@ def _blocks(channels: int) -> int:
 
 _ARGUMENTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias"
 _FORWARD, _BACKWARD = (f"custom_nets::selective_scan_cpu_{name}" for name in ("forward", "backward"))
-# torch.library.custom_op would do the same, but its first call imports all of torch.compile, which takes a second or more.
+# torch.library.custom_op would do the same, but its first call imports all of torch.compile: a second or more.
 torch.library.define(
     _FORWARD, f"({_ARGUMENTS}, bool delta_softplus) -> (Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag
 )
