@@ -13,14 +13,15 @@
 How fast is the selective scan, and how exact?
 
 On a GPU, every back end that is there, forward and backward, beside the floor of its memory traffic; their error
-against float64 first. On a CPU, the PyTorch back end against a loop over the tokens. Writes `selective_scan.md` and
-prints it:
+against float64 first. On a CPU, the compiled and the PyTorch back end against a loop over the tokens, and what longer
+sequences take. Writes `selective_scan.md` and prints it:
 
     python benchmarks/selective_scan.py --output_dir eval/scan
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import statistics
 import sys
@@ -50,10 +51,12 @@ SHAPES = [
     (1, 64, 2097152, 8),
 ]
 CPU_SHAPE = (1, 256, 4096, 8)
+CPU_LENGTHS = (4096, 16384, 65536, 262144)
 # The largest cache that a card has: inputs that take turns should not fit.
 CACHE = 64 << 20
 
 Inputs = list[torch.Tensor]
+Table = tuple[list[str], list[list[str]]]
 Scan = Callable[..., torch.Tensor]
 
 
@@ -190,7 +193,7 @@ def measure_on_gpu(shape: tuple[int, ...], dtype: torch.dtype, backend: str) -> 
     ]
 
 
-def gpu_table(backends: list[str]) -> tuple[list[str], list[list[str]]]:
+def gpu_table(backends: list[str]) -> Table:
     head = ["(batch, channels, tokens, states)", "dtype", "back end", "error", "gradient error"]
     head += ["forward µs", "backward µs", "forward GB/s", "backward GB/s", "peak MiB"]
     rows = []
@@ -202,34 +205,84 @@ def gpu_table(backends: list[str]) -> tuple[list[str], list[list[str]]]:
     return head, rows
 
 
-def cpu_times(backward: bool) -> tuple[float, float]:
-    """Milliseconds of the loop and of the PyTorch back end, in turn: medians of 3 and of 21 calls."""
+def cpu_backends() -> list[str]:
+    """Those that can be had here, the fastest first."""
+    os.environ.pop(BACKEND_VARIABLE, None)
+    return sorted({scan_backend(torch.device("cpu"), torch.float32), "torch"})
+
+
+def on_cpu(backend: str, inputs: Inputs, grad: torch.Tensor | None) -> float:
+    """Milliseconds of one call, with the backward if there is a gradient; the back end "loop" is :py:func:`loop`."""
+    scan = loop
+    if backend != "loop":
+        os.environ[BACKEND_VARIABLE], scan = backend, channels_first
+    start = time.perf_counter()
+    if grad is None:
+        with torch.no_grad():
+            scan(*inputs)
+    else:
+        both_ways(scan, inputs, grad)
+    return 1000 * (time.perf_counter() - start)
+
+
+def cpu_times(backends: list[str], backward: bool) -> dict[str, float]:
+    """Milliseconds of the loop and of back ends, in turn: the fastest of 3 and of 30 calls."""
     inputs = make_inputs(CPU_SHAPE, torch.float32, torch.device("cpu"), True)
-    grad = torch.randn_like(inputs[0])
-    times: dict[Scan, list[float]] = {loop: [], channels_first: []}
-    for scan in 3 * ([loop] + 7 * [channels_first]):
-        start = time.perf_counter()
-        if backward:
-            both_ways(scan, inputs, grad)
-        else:
-            with torch.no_grad():
-                scan(*inputs)
-        times[scan].append(1000 * (time.perf_counter() - start))
-    return statistics.median(times[loop]), statistics.median(times[channels_first])
+    grad = torch.randn_like(inputs[0]) if backward else None
+    times: dict[str, list[float]] = {backend: [] for backend in ("loop", *backends)}
+    for backend in 3 * ["loop", *(10 * backends)]:
+        times[backend].append(on_cpu(backend, inputs, grad))
+    return {backend: min(calls) for backend, calls in times.items()}
 
 
-def cpu_table() -> tuple[list[str], list[list[str]]]:
-    """The PyTorch back end against a loop, with all threads and with one."""
-    os.environ[BACKEND_VARIABLE] = "torch"
+def cpu_table() -> Table:
+    """Back ends against a loop, with all threads and with one."""
+    head = ["(batch, channels, tokens, states)", "threads", "back end", "", "ms", "loop ms", "times as fast"]
     rows = []
-    default = torch.get_num_threads()
+    backends, default = cpu_backends(), torch.get_num_threads()
     for threads in sorted({1, default}):
         torch.set_num_threads(threads)
         for name, backward in (("forward", False), ("forward and backward", True)):
-            slow, fast = cpu_times(backward)
-            rows.append([str(CPU_SHAPE), str(threads), name, f"{slow:.1f}", f"{fast:.1f}", f"{slow / fast:.1f}"])
+            times = cpu_times(backends, backward)
+            for backend in backends:
+                row = [str(CPU_SHAPE), str(threads), backend, name, f"{times[backend]:.1f}", f"{times['loop']:.1f}"]
+                rows.append([*row, f"{times['loop'] / times[backend]:.1f}"])
     torch.set_num_threads(default)
-    return ["(batch, channels, tokens, states)", "threads", "", "loop ms", "torch ms", "times as fast"], rows
+    return head, rows
+
+
+def memory(field: str) -> int:
+    """Bytes that this process holds (``VmRSS``) or has held at most (``VmHWM``), on Linux."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return 1024 * int(line.split()[1])
+
+
+def measure_length(case: tuple[int, str]) -> list[str]:
+    """One row of :py:func:`length_table`."""
+    length, backend = case
+    shape = (*CPU_SHAPE[:2], length, CPU_SHAPE[3])
+    inputs = make_inputs(shape, torch.float32, torch.device("cpu"), True)
+    grad = torch.randn_like(inputs[0])
+    first = [x[..., :64] if x.ndim == 3 else x for x in inputs]
+    on_cpu(backend, first, grad[..., :64])
+    held = memory("VmRSS")
+    both = on_cpu(backend, inputs, grad)
+    # well above what making the inputs took for a moment
+    peak = memory("VmHWM") - held
+    forward = min(on_cpu(backend, inputs, None) for _ in range(5))
+    both = min(both, *(on_cpu(backend, inputs, grad) for _ in range(4)))
+    row = [str(shape), backend, f"{forward:.1f}", f"{both:.1f}", f"{1e6 * both / grad.numel():.2f}"]
+    return [*row, f"{peak / 2**20:.0f}", f"{peak / grad.nbytes:.1f}"]
+
+
+def length_table() -> Table:
+    """Time and memory of longer and longer sequences, the fastest of 5 calls, each length in its own process."""
+    head = ["(batch, channels, tokens, states)", "back end", "forward ms", "forward and backward ms"]
+    head += ["ns for a token's channel", "peak MiB", "peak / u"]
+    cases = [(length, backend) for backend in cpu_backends() for length in CPU_LENGTHS]
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        rows = list(tqdm(pool.imap(measure_length, cases), total=len(cases), desc="lengths"))
+    return head, rows
 
 
 def main(output_dir: str, backends: str | tuple[str, ...] = ("triton", "mamba_ssm", "torch")) -> None:
@@ -248,12 +301,13 @@ def main(output_dir: str, backends: str | tuple[str, ...] = ("triton", "mamba_ss
                 available.append(scan_backend(torch.device("cuda"), torch.float32))
             except RuntimeError as missing:
                 notes.append(f"Left out: {missing}")
-        head, rows = gpu_table(available)
+        tables = [gpu_table(available)]
     else:
-        notes[0] = f"CPU with {torch.get_num_threads()} threads, {notes[0]}"
-        head, rows = cpu_table()
-    lines = [head, ["---"] * len(head), *rows]
-    text = "\n\n".join(notes) + "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+        notes[0] = f"CPU with {torch.get_num_threads()} threads, {notes[0]}, fastest calls"
+        tables = [cpu_table(), length_table()]
+    for head, rows in tables:
+        notes.append("\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows]))
+    text = "\n\n".join(notes) + "\n"
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "selective_scan.md").write_text(text, encoding="utf-8")

@@ -29,7 +29,7 @@ from custom_nets.ops.selective_scan_torch import selective_scan_torch
 __all__ = ["selective_scan", "selective_scan_channels_last", "scan_backend", "BACKEND_VARIABLE"]
 
 BACKEND_VARIABLE = "CUSTOM_NETS_SCAN"
-_BACKENDS = ("torch", "triton", "mamba_ssm")
+_BACKENDS = ("torch", "cpp", "triton", "mamba_ssm")
 # Looked for, not imported: that takes a while. The kernels hold tuples, which Triton before 3.3 can not.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None and TorchVersion(torch.__version__) >= "2.7"
 
@@ -38,6 +38,12 @@ def _triton_scan(*args: Any) -> Tensor:
     from custom_nets.ops.selective_scan_triton import selective_scan_triton
 
     return selective_scan_triton(*args)
+
+
+def _cpp_scan(*args: Any) -> Tensor:
+    from custom_nets.ops.selective_scan_cpp import selective_scan_cpp
+
+    return selective_scan_cpp(*args)
 
 
 @cache
@@ -50,14 +56,23 @@ def _mamba_ssm_scan() -> Callable | None:
     return selective_scan_fn
 
 
+def _cpp_obstacle(dtype: torch.dtype) -> str:
+    from custom_nets.ops.selective_scan_cpp import DTYPES, OBSTACLE
+
+    return OBSTACLE if dtype in DTYPES else f"it has no {dtype} kernel"
+
+
 def _obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """Why a back end can not serve tensors of ``dtype`` on ``device``; empty if it can."""
     if backend == "torch":
         return ""
-    if device.type != "cuda":
-        return f"it needs CUDA tensors, these are on {device.type}"
+    wanted = "cpu" if backend == "cpp" else "cuda"
+    if device.type != wanted:
+        return f"it needs {wanted.upper()} tensors, these are on {device.type}"
     if dtype == torch.float64:
         return "it has no float64 kernel"
+    if backend == "cpp":
+        return _cpp_obstacle(dtype)
     if backend == "triton" and not _HAS_TRITON:
         return "it needs Triton 3.3, which comes with PyTorch 2.7, or a newer one"
     if backend == "mamba_ssm" and _mamba_ssm_scan() is None:
@@ -68,8 +83,9 @@ def _obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> str:
 def scan_backend(device: torch.device, dtype: torch.dtype) -> str:
     """Name of the back end that serves tensors of ``dtype`` on ``device``.
 
-    On CUDA ``triton``, else ``mamba_ssm``, whichever is installed; ``torch`` everywhere else. The environment variable
-    ``CUSTOM_NETS_SCAN`` (``torch``, ``triton`` or ``mamba_ssm``) forces one.
+    On CUDA ``triton``, else ``mamba_ssm``, whichever is installed; on a CPU ``cpp`` if it can be built, which the first
+    call waits for; ``torch`` everywhere else. The environment variable ``CUSTOM_NETS_SCAN`` (``torch``, ``cpp``,
+    ``triton`` or ``mamba_ssm``) forces one.
 
     Raises:
         ValueError: if the variable names no back end.
@@ -77,7 +93,7 @@ def scan_backend(device: torch.device, dtype: torch.dtype) -> str:
     """
     forced = os.environ.get(BACKEND_VARIABLE, "")
     if not forced:
-        return next(name for name in ("triton", "mamba_ssm", "torch") if not _obstacle(name, device, dtype))
+        return next(name for name in ("triton", "mamba_ssm", "cpp", "torch") if not _obstacle(name, device, dtype))
     if forced not in _BACKENDS:
         raise ValueError(f"{BACKEND_VARIABLE}={forced} names no back end, choose one of {', '.join(_BACKENDS)}.")
     obstacle = _obstacle(forced, device, dtype)
@@ -115,6 +131,9 @@ def selective_scan_channels_last(
         backend = scan_backend(u.device, u.dtype)
         if backend == "triton":
             return _triton_scan(u, delta, A, B, C, D, delta_bias, delta_softplus)
+        # a traced module and an ONNX graph are to run without this package
+        if backend == "cpp" and not torch.jit.is_tracing() and not torch.onnx.is_in_onnx_export():
+            return _cpp_scan(u, delta, A, B, C, D, delta_bias, delta_softplus)
         if backend == "mamba_ssm":
             sequence = [x.transpose(2, 3) for x in (u, delta, B, C)]
             skip, bias = (None if x is None else x.flatten(0, 1) for x in (D, delta_bias))

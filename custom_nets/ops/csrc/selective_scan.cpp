@@ -1,0 +1,509 @@
+// Copyright (c) ClinicalFMamba contributors
+// Licensed under the Apache License, Version 2.0 (the "License");
+// you may not use this file except in compliance with the License.
+// You may obtain a copy of the License at
+//     http://www.apache.org/licenses/LICENSE-2.0
+// Unless required by applicable law or agreed to in writing, software
+// distributed under the License is distributed on an "AS IS" BASIS,
+// WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+// See the License for the specific language governing permissions and
+// limitations under the License.
+
+// Selective scan on a CPU, built and called by custom_nets/ops/selective_scan_cpp.py.
+//
+// A vector holds one number of LANES channels. A task owns some of those blocks of channels of one sequence and walks
+// their tokens in tiles of CHUNK: it reads a tile from wherever its strides say, and states stay in registers, eight at
+// a time. The forward keeps the state that enters each tile; the backward takes the tiles from the last to the first and
+// runs each again from there. Sums over channels go through a buffer for each task, so that results do not depend on
+// the number of threads.
+//
+// No header of PyTorch is included: they take longer to compile than a user likes to wait. Vectors are an extension
+// that GCC and Clang share. Nothing here may be compiled with -ffast-math: infinities and NaN are meant.
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+constexpr int GROUP = 8;  // states in registers at once
+
+typedef float Vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t Bits __attribute__((vector_size(4 * LANES)));
+
+enum Type : int64_t { FLOAT32, BFLOAT16, FLOAT16 };
+
+// A tensor (batch, directions, tokens, channels) with any strides, in elements.
+struct Sequence {
+  void* data;
+  int64_t batch, direction, token, channel, type;
+};
+
+// A float32 tensor (batch, directions, tokens, states) with adjacent states.
+struct Matrix {
+  const float* data;
+  int64_t batch, direction, token;
+};
+
+// Float32 tensors that are not described otherwise are contiguous; those that a call has no use for are null.
+struct Arguments {
+  int64_t batch, directions, length, channels, states, groups, softplus, threads;
+  Sequence u, delta, out, grad, grad_u, grad_delta;  // grad is the gradient of out
+  Matrix B, C;
+  const float *A, *D, *bias;           // (directions, channels, states) and (directions, channels)
+  float* borders;                      // (batch, directions, chunks + 1, states, channels)
+  float *grad_A, *grad_D, *grad_bias;  // (batch, directions, channels, states) and (batch, directions, channels)
+  float *grad_B, *grad_C;              // (groups, batch, directions, length, states)
+};
+
+// ---- numbers -------------------------------------------------------------------------------------------------------
+
+template <class To, class From>
+To as(From x) {
+  static_assert(sizeof(To) == sizeof(From), "the same bits");
+  To y;
+  std::memcpy(&y, &x, sizeof y);
+  return y;
+}
+
+struct BFloat16 {
+  uint16_t bits;
+  operator float() const { return as<float>(uint32_t(bits) << 16); }
+  BFloat16() = default;
+  explicit BFloat16(float x) {
+    uint32_t b = as<uint32_t>(x);
+    bits = x != x ? 0x7fc0 : (b + 0x7fff + ((b >> 16) & 1)) >> 16;
+  }
+};
+
+struct Float16 {
+  uint16_t bits;
+  operator float() const {
+    uint32_t magnitude = uint32_t(bits & 0x7fff) << 13;
+    float x = magnitude >= 0x7c00u << 13 ? as<float>(magnitude | 0x7f800000u) : as<float>(magnitude) * 0x1p112f;
+    return as<float>(as<uint32_t>(x) | uint32_t(bits & 0x8000) << 16);
+  }
+  Float16() = default;
+  explicit Float16(float x) {
+    uint32_t sign = as<uint32_t>(x) >> 16 & 0x8000, b = as<uint32_t>(x) & 0x7fffffff;
+    uint32_t normal = (b - (112u << 23) + 0xfff + (b >> 13 & 1)) >> 13;
+    // added to 0.5, a number below 2^-14 is rounded as its denormal is
+    uint32_t denormal = as<uint32_t>(as<float>(b) + 0.5f) - as<uint32_t>(0.5f);
+    uint32_t large = b > 0x7f800000 ? 0x7e00 : 0x7c00;
+    bits = sign | (b < 0x38800000 ? denormal : b < 0x477ff000 ? normal : large);
+  }
+};
+
+inline Vec load(const float* x) {
+  Vec y;
+  std::memcpy(&y, x, sizeof y);
+  return y;
+}
+
+inline void store(float* x, Vec y) { std::memcpy(x, &y, sizeof y); }
+
+// 2^(k + f) for k = shifted - 1.5 * 2^23 and f within half of 0, where total = k + f. Relative error 1e-7, exact at f = 0;
+// numbers below the smallest normal one are 0.
+inline Vec power(Vec shifted, Vec f, Vec total) {
+  Vec p = 1.0f + f * (0.693147004f + f * (0.240222424f + f * (0.0555073358f + f * (0.00967151113f + f * 0.00132647669f))));
+  Bits bits = (Bits)p + ((Bits)shifted << 23);
+  return total < -126.0f ? Vec{} : (Vec)bits;
+}
+
+constexpr float ROUND = 0x1.8p23f;
+
+inline Vec exp2(Vec x) {
+  x = x > 128.0f ? Vec{} + 128.0f : x;  // 2^128 is infinite
+  Vec shifted = x + ROUND;
+  return power(shifted, x - (shifted - ROUND), x);
+}
+
+// exp(x) for x <= 0; the product with log2(e) is the exact one to twice the precision
+inline Vec exp_negative(Vec x) {
+  Vec product = x * 1.44269502f;
+  Vec shifted = product + ROUND;
+  return power(shifted, (x * 1.44269502f - (shifted - ROUND)) + x * 1.92596299e-8f, product);
+}
+
+// log(1 + exp(x)) and its slope, both to full relative precision at either end
+inline Vec softplus(Vec x, Vec& slope) {
+  Vec e = exp_negative(x < 0.0f ? x : -x);
+  Vec s = e / (2.0f + e), z = s * s;  // log(1 + e) = 2 atanh(s)
+  Vec log1p = s * (2.0f + z * (0.66666317f + z * (0.400249094f + z * (0.279606044f + z * 0.281783342f))));
+  Vec inverse = 1.0f / (1.0f + e);
+  slope = x < 0.0f ? e * inverse : inverse;
+  return x < 0.0f ? log1p : x + log1p;
+}
+
+// ---- lanes ---------------------------------------------------------------------------------------------------------
+
+template <int DISTANCE, bool SECOND, int... LANE>
+inline Vec shuffled(Vec a, Vec b, std::integer_sequence<int, LANE...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(
+      a, b, (LANE & DISTANCE ? LANES + (SECOND ? LANE : LANE ^ DISTANCE) : (SECOND ? LANE ^ DISTANCE : LANE))...);
+#else
+  return __builtin_shuffle(
+      a, b, Bits{(LANE & DISTANCE ? LANES + (SECOND ? LANE : LANE ^ DISTANCE) : (SECOND ? LANE ^ DISTANCE : LANE))...});
+#endif
+}
+
+// Of two vectors, the upper lanes of each DISTANCE-pair of the first change places with the lower ones of the second.
+template <int DISTANCE>
+inline void exchange(Vec& a, Vec& b) {
+  auto lanes = std::make_integer_sequence<int, LANES>();
+  Vec first = shuffled<DISTANCE, false>(a, b, lanes);
+  b = shuffled<DISTANCE, true>(a, b, lanes);
+  a = first;
+}
+
+template <int DISTANCE = LANES / 2>
+inline void transpose(Vec* x) {
+  if constexpr (DISTANCE > 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i)
+      if (!(i & DISTANCE)) exchange<DISTANCE>(x[i], x[i + DISTANCE]);
+    transpose<DISTANCE / 2>(x);
+  }
+}
+
+// Sums over the lanes of COUNT vectors; that of vector i is in lane i * LANES / COUNT of the result. Overwrites x.
+template <int COUNT, int DISTANCE = LANES / 2>
+inline Vec sums(Vec* x) {
+  static_assert(COUNT <= LANES, "each needs a lane");
+  if constexpr (DISTANCE == 0) {
+    return x[0];
+  } else if constexpr (COUNT > 1) {
+#pragma GCC unroll 16
+    for (int i = 0; i < COUNT / 2; ++i) {
+      exchange<DISTANCE>(x[i], x[i + COUNT / 2]);
+      x[i] += x[i + COUNT / 2];
+    }
+    return sums<COUNT / 2, DISTANCE / 2>(x);
+  } else {
+    Vec other = x[0];
+    exchange<DISTANCE>(x[0], other);
+    x[0] += other;
+    return sums<1, DISTANCE / 2>(x);
+  }
+}
+
+// ---- tiles ---------------------------------------------------------------------------------------------------------
+
+// One sequence's tokens [start, start + tokens), and the channels of a block.
+struct Range {
+  int64_t batch, direction, start, channel;
+  int tokens, channels;
+};
+
+template <class T>
+inline Vec load_lanes(const T* x) {
+  float y[LANES];
+  for (int i = 0; i < LANES; ++i) y[i] = x[i];
+  return load(y);
+}
+
+template <class T>
+inline void store_lanes(T* x, Vec y) {
+  float z[LANES];
+  store(z, y);
+  for (int i = 0; i < LANES; ++i) x[i] = T(z[i]);
+}
+
+template <class T>
+void read_as(const T* x, int64_t token, int64_t channel, const Range& r, Vec* tile) {
+  int done = 0;
+  if (r.channels == LANES && channel == 1) {
+    for (; done < r.tokens; ++done) tile[done] = load_lanes(x + done * token);
+  } else if (r.channels == LANES && token == 1) {
+    for (; done + LANES <= r.tokens; done += LANES) {
+      for (int i = 0; i < LANES; ++i) tile[done + i] = load_lanes(x + i * channel + done);
+      transpose(tile + done);
+    }
+  }
+  for (; done < r.tokens; ++done) {
+    float y[LANES] = {};
+    for (int i = 0; i < r.channels; ++i) y[i] = x[done * token + i * channel];
+    tile[done] = load(y);
+  }
+}
+
+template <class T>
+void write_as(T* x, int64_t token, int64_t channel, const Range& r, const Vec* tile) {
+  int done = 0;
+  if (r.channels == LANES && channel == 1) {
+    for (; done < r.tokens; ++done) store_lanes(x + done * token, tile[done]);
+  } else if (r.channels == LANES && token == 1) {
+    for (; done + LANES <= r.tokens; done += LANES) {
+      Vec rows[LANES];
+      for (int i = 0; i < LANES; ++i) rows[i] = tile[done + i];
+      transpose(rows);
+      for (int i = 0; i < LANES; ++i) store_lanes(x + i * channel + done, rows[i]);
+    }
+  }
+  for (; done < r.tokens; ++done)
+    for (int i = 0; i < r.channels; ++i) x[done * token + i * channel] = T(tile[done][i]);
+}
+
+template <class Call>
+inline void with_type(const Sequence& s, const Range& r, Call call) {
+  int64_t offset = r.batch * s.batch + r.direction * s.direction + r.start * s.token + r.channel * s.channel;
+  if (s.type == FLOAT32) call(static_cast<float*>(s.data) + offset);
+  if (s.type == BFLOAT16) call(static_cast<BFloat16*>(s.data) + offset);
+  if (s.type == FLOAT16) call(static_cast<Float16*>(s.data) + offset);
+}
+
+void read(const Sequence& s, const Range& r, Vec* tile) {
+  with_type(s, r, [&](auto* x) { read_as(x, s.token, s.channel, r, tile); });
+}
+
+void write(const Sequence& s, const Range& r, const Vec* tile) {
+  with_type(s, r, [&](auto* x) { write_as(x, s.token, s.channel, r, tile); });
+}
+
+// Up to LANES numbers that are `stride` apart, and zeros behind them; none at all if there are no numbers.
+Vec gather(const float* x, int64_t stride, int count) {
+  float y[LANES] = {};
+  for (int i = 0; x && i < count; ++i) y[i] = x[i * stride];
+  return load(y);
+}
+
+void scatter(float* x, int64_t stride, int count, Vec y) {
+  for (int i = 0; i < count; ++i) x[i * stride] = y[i];
+}
+
+// ---- recurrence ----------------------------------------------------------------------------------------------------
+
+// What a task keeps about its block of channels.
+struct Block {
+  std::vector<Vec> A, A_log2, state, later, grad_A;  // of each state
+  Vec D, bias, grad_D, grad_bias;
+  Vec step[CHUNK], slope[CHUNK], u[CHUNK], drive[CHUNK], out[CHUNK];
+  Vec grad_drive[CHUNK], grad_step[CHUNK];
+  Vec decays[CHUNK * GROUP], states[(CHUNK + 1) * GROUP];
+
+  explicit Block(int64_t n) : A(n), A_log2(n), state(n), later(n), grad_A(n) {}
+
+  void begin(const Arguments& a, const Range& r) {
+    int64_t row = r.direction * a.channels + r.channel;
+    for (int64_t n = 0; n < a.states; ++n) {
+      A[n] = gather(a.A + row * a.states + n, a.states, r.channels);
+      A_log2[n] = A[n] * 1.44269504f;
+      state[n] = later[n] = grad_A[n] = Vec{};
+    }
+    D = gather(a.D ? a.D + row : nullptr, 1, r.channels);
+    bias = gather(a.bias ? a.bias + row : nullptr, 1, r.channels);
+    grad_D = grad_bias = Vec{};
+  }
+
+  void read_inputs(const Arguments& a, const Range& r) {
+    read(a.u, r, u);
+    read(a.delta, r, step);
+    for (int t = 0; t < r.tokens; ++t) {
+      step[t] += bias;
+      if (a.softplus) step[t] = softplus(step[t], slope[t]);
+      drive[t] = step[t] * u[t];
+    }
+  }
+};
+
+const float* tokens_of(const Matrix& m, const Range& r) {
+  return m.data + r.batch * m.batch + r.direction * m.direction + r.start * m.token;
+}
+
+// Calls a function for all states, as many at once as the function is compiled for.
+template <class Call>
+inline void for_states(int64_t states, Call call) {
+  int64_t n = 0;
+  for (; n + 8 <= states; n += 8) call(n, std::integral_constant<int, 8>());
+  if (states & 4) call(n, std::integral_constant<int, 4>()), n += 4;
+  if (states & 2) call(n, std::integral_constant<int, 2>()), n += 2;
+  if (states & 1) call(n, std::integral_constant<int, 1>());
+}
+
+// Adds what G states give to the outputs of a tile.
+template <int G>
+void advance(const Range& r, const Matrix& B, const Matrix& C, int64_t n, Block& block) {
+  const float *b = tokens_of(B, r) + n, *c = tokens_of(C, r) + n;
+  Vec x[G], A[G];
+  for (int i = 0; i < G; ++i) x[i] = block.state[n + i], A[i] = block.A_log2[n + i];
+  for (int t = 0; t < r.tokens; ++t) {
+    Vec step = block.step[t], drive = block.drive[t], y = block.out[t];
+#pragma GCC unroll 8
+    for (int i = 0; i < G; ++i) {
+      x[i] = exp2(step * A[i]) * x[i] + drive * b[i];
+      y += x[i] * c[i];
+    }
+    block.out[t] = y;
+    b += B.token, c += C.token;
+  }
+  for (int i = 0; i < G; ++i) block.state[n + i] = x[i];
+}
+
+// Decays by each token of a tile, and states before each and after the last.
+template <int G>
+void retrace(const Range& r, const Matrix& B, int64_t n, Block& block) {
+  const float* b = tokens_of(B, r) + n;
+  Vec x[G], A[G];
+  for (int i = 0; i < G; ++i) block.states[i] = x[i] = block.state[n + i], A[i] = block.A_log2[n + i];
+  for (int t = 0; t < r.tokens; ++t) {
+    Vec step = block.step[t], drive = block.drive[t];
+#pragma GCC unroll 8
+    for (int i = 0; i < G; ++i) {
+      Vec decay = exp2(step * A[i]);
+      x[i] = decay * x[i] + drive * b[i];
+      block.decays[t * G + i] = decay;
+      block.states[(t + 1) * G + i] = x[i];
+    }
+    b += B.token;
+  }
+}
+
+template <int G>
+inline void add_sums(Vec* products, float* out, bool first) {
+  constexpr int COUNT = G < LANES ? G : LANES;
+  for (int i = 0; i < G; i += COUNT) {
+    Vec lanes = sums<COUNT>(products + i);
+    for (int j = 0; j < COUNT; ++j) {
+      float sum = lanes[j * (LANES / COUNT)];
+      out[i + j] = first ? sum : out[i + j] + sum;
+    }
+  }
+}
+
+// Gradients that come through G states, from the last token of a tile to its first; the gradient of the outputs is in
+// `out`. `first` says that nothing is in grad_B and grad_C yet, which begin at the tile's first token.
+template <int G>
+void go_back(
+    const Range& r, const Matrix& B, const Matrix& C, int64_t n, float* grad_B, float* grad_C, int64_t states, bool first,
+    Block& block) {
+  const float *b = tokens_of(B, r) + n, *c = tokens_of(C, r) + n;
+  Vec later[G], grad_A[G] = {};
+  for (int i = 0; i < G; ++i) later[i] = block.later[n + i];
+  for (int t = r.tokens - 1; t >= 0; --t) {
+    Vec step = block.step[t], drive = block.drive[t], out = block.out[t];
+    Vec grad_drive = block.grad_drive[t], grad_step = block.grad_step[t];
+    const Vec *decay = block.decays + t * G, *before = block.states + t * G;
+    Vec products[G];
+#pragma GCC unroll 8
+    for (int i = 0; i < G; ++i) products[i] = out * before[G + i];
+    add_sums<G>(products, grad_C + t * states + n, first);
+#pragma GCC unroll 8
+    for (int i = 0; i < G; ++i) {
+      Vec g = later[i] + out * c[t * C.token + i];
+      products[i] = drive * g;
+      grad_drive += g * b[t * B.token + i];
+      later[i] = decay[i] * g;
+      Vec exponent = later[i] * before[i];
+      grad_step += exponent * block.A[n + i];
+      grad_A[i] += exponent * step;
+    }
+    add_sums<G>(products, grad_B + t * states + n, first);
+    block.grad_drive[t] = grad_drive;
+    block.grad_step[t] = grad_step;
+  }
+  for (int i = 0; i < G; ++i) block.later[n + i] = later[i], block.grad_A[n + i] += grad_A[i];
+}
+
+// ---- tasks ---------------------------------------------------------------------------------------------------------
+
+// Calls a function for each block of channels, with its range (still without tokens) and the group that it belongs to.
+template <class Call>
+void for_blocks(const Arguments& a, Call call) {
+  int64_t blocks = (a.channels + LANES - 1) / LANES, tasks = a.batch * a.directions * a.groups;
+// without num_threads, which makes GCC's runtime start its threads anew: PyTorch has set their number
+#pragma omp parallel for schedule(dynamic) if (a.threads > 1)
+  for (int64_t task = 0; task < tasks; ++task) {
+    int64_t group = task % a.groups, row = task / a.groups;
+    Block block(a.states);
+    int64_t begin = group * blocks / a.groups, end = (group + 1) * blocks / a.groups;
+    for (int64_t i = begin; i < end; ++i) {
+      int64_t left = a.channels - i * LANES;
+      Range r{row / a.directions, row % a.directions, 0, i * LANES, 0, int(left < LANES ? left : LANES)};
+      block.begin(a, r);
+      call(r, group, i == begin, block);
+    }
+  }
+}
+
+// The state that enters a chunk, for a block of channels.
+float* border(const Arguments& a, const Range& r, int64_t chunk) {
+  int64_t chunks = (a.length + CHUNK - 1) / CHUNK, row = r.batch * a.directions + r.direction;
+  return a.borders + (row * (chunks + 1) + chunk) * a.states * a.channels + r.channel;
+}
+
+void keep_state(const Arguments& a, const Range& r, int64_t chunk, const Block& block) {
+  float* x = border(a, r, chunk);
+  for (int64_t n = 0; n < a.states; ++n) scatter(x + n * a.channels, 1, r.channels, block.state[n]);
+}
+
+void set_chunk(const Arguments& a, Range& r, int64_t chunk) {
+  r.start = chunk * CHUNK;
+  r.tokens = int(a.length - r.start < CHUNK ? a.length - r.start : CHUNK);
+}
+
+void forward(const Arguments& a) {
+  for_blocks(a, [&](Range r, int64_t, bool, Block& block) {
+    keep_state(a, r, 0, block);
+    for (int64_t chunk = 0; chunk * CHUNK < a.length; ++chunk) {
+      set_chunk(a, r, chunk);
+      block.read_inputs(a, r);
+      for (int t = 0; t < r.tokens; ++t) block.out[t] = block.D * block.u[t];
+      for_states(a.states, [&](int64_t n, auto g) { advance<g()>(r, a.B, a.C, n, block); });
+      write(a.out, r, block.out);
+      keep_state(a, r, chunk + 1, block);
+    }
+  });
+}
+
+void backward(const Arguments& a) {
+  for_blocks(a, [&](Range r, int64_t group, bool first, Block& block) {
+    int64_t row = r.batch * a.directions + r.direction;
+    int64_t tokens = (group * a.batch * a.directions + row) * a.length;
+    for (int64_t chunk = (a.length + CHUNK - 1) / CHUNK - 1; chunk >= 0; --chunk) {
+      set_chunk(a, r, chunk);
+      const float* entering = border(a, r, chunk);
+      for (int64_t n = 0; n < a.states; ++n) block.state[n] = gather(entering + n * a.channels, 1, r.channels);
+      block.read_inputs(a, r);
+      read(a.grad, r, block.out);
+      for (int t = 0; t < r.tokens; ++t) block.grad_drive[t] = block.grad_step[t] = Vec{};
+      float *grad_B = a.grad_B + (tokens + r.start) * a.states, *grad_C = a.grad_C + (tokens + r.start) * a.states;
+      for_states(a.states, [&](int64_t n, auto g) {
+        retrace<g()>(r, a.B, n, block);
+        go_back<g()>(r, a.B, a.C, n, grad_B, grad_C, a.states, first, block);
+      });
+      Vec grad_D{}, grad_bias{};
+      for (int t = 0; t < r.tokens; ++t) {
+        grad_D += block.out[t] * block.u[t];
+        block.grad_step[t] += block.grad_drive[t] * block.u[t];
+        if (a.softplus) block.grad_step[t] *= block.slope[t];
+        grad_bias += block.grad_step[t];
+        block.grad_drive[t] = block.grad_drive[t] * block.step[t] + block.out[t] * block.D;
+      }
+      block.grad_D += grad_D, block.grad_bias += grad_bias;
+      write(a.grad_u, r, block.grad_drive);
+      write(a.grad_delta, r, block.grad_step);
+    }
+    int64_t channel = row * a.channels + r.channel;
+    for (int64_t n = 0; n < a.states; ++n)
+      scatter(a.grad_A + channel * a.states + n, a.states, r.channels, block.grad_A[n]);
+    scatter(a.grad_D + channel, 1, r.channels, block.grad_D);
+    scatter(a.grad_bias + channel, 1, r.channels, block.grad_bias);
+  });
+}
+
+}  // namespace
+
+extern "C" {
+void selective_scan_forward(const Arguments* a) { forward(*a); }
+void selective_scan_backward(const Arguments* a) { backward(*a); }
+int selective_scan_lanes() { return LANES; }
+}
