@@ -14,9 +14,9 @@ from __future__ import annotations
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from monai.networks.layers.factories import Conv, Norm
+from monai.networks.layers.factories import Conv
 
-from custom_nets.blocks import PooledGate, ResidualPyramidAttention
+from custom_nets.blocks import ResidualPyramidAttention, pooled_gate
 from custom_nets.nets.registry import register_network
 from custom_nets.nets.two_stage import TwoStageNetwork
 
@@ -58,7 +58,7 @@ class EdgeEnhancement(nn.Module):
 
 
 class EdgeEncoder(nn.Module):
-    """Encoder for slices: dilated convolutions and residual pyramid attention, gated by their input, and an edge branch.
+    """Encoder for slices: dilated convolutions and residual pyramid attention, weighed by their input; an edge branch.
 
     Args:
         channels: channels of the features.
@@ -67,7 +67,6 @@ class EdgeEncoder(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.stem = nn.Conv2d(1, channels, 1)
-        self.gate = PooledGate(spatial_dims=2)
         # The batch norm behind would cancel the biases of these and of the pointwise convolution.
         self.dilated = _dilated_convs(2, channels, bias=False)
         self.attention = nn.Sequential(
@@ -81,9 +80,9 @@ class EdgeEncoder(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(B, 1, H, W)`` to ``(B, channels, H, W)``."""
         stem = self.stem(x)
-        features = self.gate(x, stem)
+        features = pooled_gate(x, stem)
         attended = self.attention(torch.cat([conv(features) for conv in self.dilated], dim=1))
-        return self.gate(features, attended) + self.edge(stem)
+        return pooled_gate(features, attended) + self.edge(stem)
 
 
 class VolumeEncoder(nn.Module):

@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 from monai.networks.layers.factories import Conv
 
-from custom_nets.blocks import PooledGate, ResidualPyramidAttention, shared_batch_norms
+from custom_nets.blocks import ResidualPyramidAttention, double, halve, pooled_gate, shared_batch_norms
 from custom_nets.nets.registry import register_network
 from custom_nets.nets.two_stage import TwoStageNetwork
 
@@ -35,7 +35,6 @@ class MultiscalePyramidBlock(nn.Module):
 
     def __init__(self, spatial_dims: int, channels: int) -> None:
         super().__init__()
-        self.gate = PooledGate(spatial_dims)
         self.attention = ResidualPyramidAttention(spatial_dims, channels)
         self.mix = Conv[Conv.CONV, spatial_dims](channels, channels, 1)
 
@@ -43,18 +42,18 @@ class MultiscalePyramidBlock(nn.Module):
         """``(B, channels, H, W[, D])`` to the same shape."""
         levels = [x]
         for _ in range(self.LEVELS):
-            levels.append(self.gate.down(levels[-1]))
+            levels.append(halve(levels[-1]))
         pyramid = self.attention(levels[-1])
         for finer in levels[-2:0:-1]:
-            pyramid = self.attention(finer) + self.gate.up(pyramid, finer)
-        return self.gate(x, self.mix(self.gate.up(pyramid, x)))
+            pyramid = self.attention(finer) + double(pyramid, finer)
+        return pooled_gate(x, self.mix(double(pyramid, x)))
 
 
 @register_network("msrpan")
 class MSRPAN(TwoStageNetwork):
     """MSRPAN: an autoencoder whose features pass one multiscale residual pyramid attention block and batch norm three
-    times. From: Fu et al., "A multiscale residual pyramid attention network for medical image fusion", Biomedical Signal Processing and
-    Control 66, 2021. The decoder is linear.
+    times. From: Fu et al., "A multiscale residual pyramid attention network for medical image fusion", Biomedical
+    Signal Processing and Control 66, 2021. The decoder is linear.
 
     In 2D 96,769 parameters, as the release has. What is known of its layers leaves 4,160 of them without a place, just
     a pointwise convolution from 64 to 64 channels; it mixes the pyramid's sum here.
@@ -69,7 +68,6 @@ class MSRPAN(TwoStageNetwork):
         super().__init__(spatial_dims, rule)
         conv = Conv[Conv.CONV, spatial_dims]
         self.stem = conv(1, channels, 1)
-        self.gate = PooledGate(spatial_dims)
         self.block = MultiscalePyramidBlock(spatial_dims, channels)
         self.norms = shared_batch_norms(spatial_dims, channels, uses=3)
         self.decoder = nn.Sequential(
@@ -80,11 +78,11 @@ class MSRPAN(TwoStageNetwork):
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Images ``(B, 1, H, W[, D])`` to features ``(B, channels, H, W[, D])``."""
-        features = self.gate(images, self.stem(images))
+        features = pooled_gate(images, self.stem(images))
         attended = features
         for norm in self.norms:
             attended = norm(self.block(attended))
-        return self.gate(features, attended)
+        return pooled_gate(features, attended)
 
     def decode(self, features: torch.Tensor) -> torch.Tensor:
         """Features ``(B, channels, H, W[, D])`` to images ``(B, 1, H, W[, D])``."""

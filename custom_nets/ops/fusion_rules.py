@@ -95,7 +95,7 @@ def maximum(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 @register_rule("fer")
 def feature_energy_ratio(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Feature energy ratio: ``k a + (1 - k) b`` with ``k = a^2 / (a^2 + b^2)`` at every element, and 0 where both are 0.
+    """Feature energy ratio: ``k a + (1 - k) b`` with ``k = a^2 / (a^2 + b^2)`` at every element, 0 where both are 0.
     From: Fu et al., "A multiscale residual pyramid attention network for medical image fusion", Biomedical Signal
     Processing and Control 66, 2021."""
     share = _share(a.square(), b.square())
@@ -126,11 +126,12 @@ def averaged_l1_norm_weighted(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 @register_rule("abs_ratio")
 def absolute_ratio(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Absolute ratios as weights (weighted L1): ``|a / (a + b)| a + |b / (a + b)| b`` at every element, which is
-    ``(a |a| + b |b|) / |a + b|`` and stays below ``|a| + |b|``; 0 where ``a + b`` is 0."""
-    total = (a + b).abs()
-    # the sum of the two terms, each infinite at a = -b, is not: add before dividing
-    return (a * a.abs() + b * b.abs()) / total.masked_fill(total == 0, 1) * (total != 0)
+    """Absolute ratios as weights (weighted L1): ``|a / (a + b)| a + |b / (a + b)| b`` at every element, 0 where
+    ``a + b`` is 0. Each term has a pole at ``a = -b``, their sum has not: it is ``(a^2 + b^2) / (a + b)`` where the
+    signs are equal, and ``|a| + |b|`` with the sign of ``a + b`` where they are not."""
+    total = a + b
+    equal_signs = (a.square() + b.square()) / total.masked_fill(total == 0, 1)
+    return torch.where(a.sign() * b.sign() < 0, total.sign() * (a.abs() + b.abs()), equal_signs)
 
 
 @register_rule("sfnn")
