@@ -13,7 +13,10 @@ from custom_nets.blocks.channel_attention import CrossModalChannelAttention
 from custom_nets.blocks.cross_mamba import CrossMamba, CrossMambaBlock
 from custom_nets.blocks.dilated_gated_conv import DilatedGatedConvBlock
 from custom_nets.blocks.mamba import Mamba, MambaBlock
+from custom_nets.blocks.padding import crop_to_size, pad_to_multiple
+from custom_nets.blocks.residual_attention import ResidualPyramidAttention, double, halve, pooled_gate
 from custom_nets.blocks.selective_ssm import DirectionalSSM
+from custom_nets.blocks.shared_norm import shared_batch_norms
 from custom_nets.blocks.token_exchange import TokenExchange, swap_channels
 
 __all__ = [
@@ -24,6 +27,13 @@ __all__ = [
     "DirectionalSSM",
     "Mamba",
     "MambaBlock",
+    "ResidualPyramidAttention",
     "TokenExchange",
+    "crop_to_size",
+    "double",
+    "halve",
+    "pad_to_multiple",
+    "pooled_gate",
+    "shared_batch_norms",
     "swap_channels",
 ]

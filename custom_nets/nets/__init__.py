@@ -10,6 +10,24 @@
 # limitations under the License.
 
 from custom_nets.nets.clinicalfmamba import ClinicalFMamba
+from custom_nets.nets.ehdran import EHDRAN
+from custom_nets.nets.msdra import MSDRA
+from custom_nets.nets.msrpan import MSRPAN
+from custom_nets.nets.pair_network import PairNetwork
+from custom_nets.nets.pixel_rules import Average, Maximum
 from custom_nets.nets.registry import build_network, network_names, register_network
+from custom_nets.nets.two_stage import TwoStageNetwork
 
-__all__ = ["ClinicalFMamba", "build_network", "network_names", "register_network"]
+__all__ = [
+    "Average",
+    "ClinicalFMamba",
+    "EHDRAN",
+    "MSDRA",
+    "MSRPAN",
+    "Maximum",
+    "PairNetwork",
+    "TwoStageNetwork",
+    "build_network",
+    "network_names",
+    "register_network",
+]

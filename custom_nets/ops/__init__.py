@@ -9,12 +9,16 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+from custom_nets.ops.fusion_rules import fusion_rule, register_rule, rule_names
 from custom_nets.ops.scan_orders import SCANS, scan_orders, to_raster, to_sequences
 from custom_nets.ops.selective_scan import BACKEND_VARIABLE, scan_backend, selective_scan, selective_scan_channels_last
 
 __all__ = [
     "BACKEND_VARIABLE",
     "SCANS",
+    "fusion_rule",
+    "register_rule",
+    "rule_names",
     "scan_backend",
     "scan_orders",
     "selective_scan",

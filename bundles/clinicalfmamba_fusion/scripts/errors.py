@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import sys
 from types import TracebackType
+from typing import NoReturn
 
-__all__ = ["show_cause_last"]
+__all__ = ["refuse", "show_cause_last"]
 
 # how the exceptions begin that MONAI's config parser and transforms put around one
 WRAPPERS = ("Failed to instantiate", "Failed to evaluate", "applying transform")
@@ -28,6 +29,19 @@ def show_cause_last() -> None:
     far above.
     """
     sys.excepthook = _print_exception
+
+
+def refuse(reason: str) -> NoReturn:
+    """
+    Stand in a config for what can not be had there.
+
+    Args:
+        reason: one sentence that says why, and what to do instead.
+
+    Raises:
+        ValueError: always, with ``reason``.
+    """
+    raise ValueError(reason)
 
 
 def _print_exception(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:

@@ -20,7 +20,7 @@ from monai.data import MetaTensor
 from monai.inferers import Inferer, SlidingWindowInferer
 from monai.utils import fall_back_tuple
 
-__all__ = ["FusionInferer"]
+__all__ = ["FusionInferer", "ReconstructionInferer"]
 
 
 class FusionInferer(Inferer):
@@ -65,7 +65,8 @@ class FusionInferer(Inferer):
             network: called with a plain tensor of that shape or a window of it, and ``args`` and ``kwargs``.
 
         Returns:
-            fused images ``(B, 1, H, W[, D])`` in the dtype of ``inputs``, a ``MetaTensor`` if ``inputs`` is one.
+            fused images ``(B, 1, H, W[, D])`` in the dtype of ``inputs`` and clipped to [0, 1], which a network with a
+            linear output may leave; a ``MetaTensor`` if ``inputs`` is one.
         """
         # every operation of a network on a MetaTensor costs a dispatch in Python
         plain = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
@@ -83,5 +84,22 @@ class FusionInferer(Inferer):
             )
             fused = windows(plain, network, *args, **kwargs)  # type: ignore[assignment]
         # half precision is the network's affair, what is measured and saved is not rounded to it
-        fused = fused.to(plain.dtype)
+        fused = fused.to(plain.dtype).clamp(0, 1)
         return MetaTensor(fused).copy_meta_from(inputs) if isinstance(inputs, MetaTensor) else fused
+
+
+class ReconstructionInferer(Inferer):
+    """Run an autoencoder on each source alone, for the first of two stages of training."""
+
+    def __call__(
+        self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """
+        Args:
+            inputs: sources, ``(B, 2, H, W[, D])``.
+            network: called with ``inputs``, ``reconstruct=True``, and ``args`` and ``kwargs``.
+
+        Returns:
+            the reconstructed sources, ``(B, 2, H, W[, D])``.
+        """
+        return network(inputs, *args, reconstruct=True, **kwargs)
