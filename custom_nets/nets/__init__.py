@@ -10,6 +10,19 @@
 # limitations under the License.
 
 from custom_nets.nets.clinicalfmamba import ClinicalFMamba
+from custom_nets.nets.mactfusion import MACTFusion
+from custom_nets.nets.mambadfuse import MambaDFuse
+from custom_nets.nets.mrscfusion import MRSCFusion
 from custom_nets.nets.registry import build_network, network_names, register_network
+from custom_nets.nets.swinfusion import SwinFusion
 
-__all__ = ["ClinicalFMamba", "build_network", "network_names", "register_network"]
+__all__ = [
+    "ClinicalFMamba",
+    "MACTFusion",
+    "MRSCFusion",
+    "MambaDFuse",
+    "SwinFusion",
+    "build_network",
+    "network_names",
+    "register_network",
+]

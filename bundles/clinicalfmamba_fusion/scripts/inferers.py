@@ -20,7 +20,7 @@ from monai.data import MetaTensor
 from monai.inferers import Inferer, SlidingWindowInferer
 from monai.utils import fall_back_tuple
 
-__all__ = ["FusionInferer"]
+__all__ = ["FusionInferer", "ReconstructionInferer"]
 
 
 class FusionInferer(Inferer):
@@ -85,3 +85,20 @@ class FusionInferer(Inferer):
         # half precision is the network's affair, what is measured and saved is not rounded to it
         fused = fused.to(plain.dtype)
         return MetaTensor(fused).copy_meta_from(inputs) if isinstance(inputs, MetaTensor) else fused
+
+
+class ReconstructionInferer(Inferer):
+    """Run an autoencoder on each source alone, for the first of two stages of training."""
+
+    def __call__(
+        self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """
+        Args:
+            inputs: sources, ``(B, 2, H, W[, D])``.
+            network: called with ``inputs``, ``reconstruct=True``, and ``args`` and ``kwargs``.
+
+        Returns:
+            the reconstructed sources, ``(B, 2, H, W[, D])``.
+        """
+        return network(inputs, *args, reconstruct=True, **kwargs)
