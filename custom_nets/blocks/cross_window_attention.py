@@ -25,7 +25,9 @@ class CrossWindowAttention(WindowAttention):
     """:py:class:`monai.networks.nets.swin_unetr.WindowAttention` with queries from one image, keys and values from
     another; given the same image twice, it is that class. Arguments as there."""
 
-    def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    relative_position_index: torch.Tensor
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         """Windows ``(B, N, dim)`` of the image, and of the context at the same places, to ``(B, N, dim)``."""
         length, dim = x.shape[1:]
         weights = self.qkv.weight.split([dim, 2 * dim])

@@ -89,14 +89,15 @@ class MACTFusion(PairNetwork):
     From: Xie et al., "MACTFusion: Lightweight Cross Transformer for Adaptive Multimodal Medical Image Fusion", IEEE
     Journal of Biomedical and Health Informatics, 2024. The output is linear.
 
-    631,337 parameters in 2D; the release has 623,355, 1.3 % fewer. The facts at hand do not fix the form of the modulation
-    and the gate (here 3x3 convolutions) and of the MaxViT blocks' convolution (here MONAI's, of EfficientNet).
+    631,337 parameters in 2D; the release has 623,355, 1.3 % fewer. The facts at hand do not fix the form of the
+    modulation and the gate (here 3x3 convolutions) and of the MaxViT blocks' convolution (here MONAI's, of
+    EfficientNet).
 
     Args:
         spatial_dims: 2 or 3.
         num_heads: attention heads, a divisor of 48.
-        window_size: tokens along each side of an attention window, and of a grid; by default 8 in 2D and 4 in 3D, where
-            a window then holds as many tokens.
+        window_size: tokens along each side of an attention window, and of a grid; by default 8 in 2D, and 4 in 3D,
+            where a window then holds as many tokens.
         kernel_size: side of the large depthwise kernels, an odd number; by default the paper's 31 in 2D and 11 in 3D,
             where a kernel has about as many weights, and costs as much a voxel.
     """

@@ -48,9 +48,9 @@ class MultiModalMambaBlock(nn.Module):
 
 @register_network("mambadfuse")
 class MambaDFuse(PairNetwork):
-    """MambaDFuse: Mamba extracts, swaps channels and fuses in two phases, and reconstructs, all at full resolution. From:
-    Li et al., "MambaDFuse: A Mamba-based Dual-phase Model for Multi-modality Image Fusion", arXiv 2404.08406, 2024.
-    The output is linear.
+    """MambaDFuse: Mamba extracts, swaps channels and fuses in two phases, and reconstructs, all at full resolution.
+    From: Li et al., "MambaDFuse: A Mamba-based Dual-phase Model for Multi-modality Image Fusion", arXiv 2404.08406,
+    2024. The output is linear.
 
     1,356,751 parameters in 2D; the release has 1,347,271, 0.7 % fewer: as many as if two of the three scans in each of
     the five fusion blocks shared their state matrix.

@@ -61,16 +61,39 @@ class NestEncoder(nn.Module):
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Images ``(B, 1, H, W[, D])``, their sides multiples of the coarsest scale's stride, to the features of each
         scale."""
-        x, features = self.stem(x), []
+        x = self.stem(x)
+        features: list[torch.Tensor] = []
         for level in self.levels:
             x = level(self.pool(x) if features else x)
             features.append(x)
         return features
 
 
+class NestRound(nn.Module):
+    """One round of the nested decoder: every scale but the coarsest joins all that it has so far with what the last
+    round gave at the next coarser scale.
+
+    Args:
+        spatial_dims: 2 or 3.
+        channels: channels at each scale of the last round, the finest first.
+        number: which round it is, from 1: so many features of each scale there are.
+    """
+
+    def __init__(self, spatial_dims: int, channels: Sequence[int], number: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            BottleneckConv(spatial_dims, number * channels[i] + channels[i + 1], channels[i])
+            for i in range(len(channels) - 1)
+        )
+
+    def forward(self, joined: Sequence[torch.Tensor], latest: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """All features so far, and the last round's, of each scale, to this round's of each scale but the coarsest."""
+        coarser = [F.interpolate(i, scale_factor=2.0, mode="nearest") for i in latest[1:]]
+        return [block(torch.cat([x, y], dim=1)) for block, x, y in zip(self.blocks, joined, coarser)]
+
+
 class NestDecoder(nn.Module):
-    """Nested decoder: in every round each scale but the coarsest joins all that it had before with the next coarser one
-    of the last round, and the coarsest scale is left behind.
+    """Nested decoder: rounds that leave one scale behind each, until only the finest is left.
 
     Args:
         spatial_dims: 2 or 3.
@@ -80,10 +103,7 @@ class NestDecoder(nn.Module):
     def __init__(self, spatial_dims: int, channels: Sequence[int]) -> None:
         super().__init__()
         self.rounds = nn.ModuleList(
-            nn.ModuleList(
-                BottleneckConv(spatial_dims, number * channels[i] + channels[i + 1], channels[i])
-                for i in range(len(channels) - number)
-            )
+            NestRound(spatial_dims, channels[: len(channels) + 1 - number], number)
             for number in range(1, len(channels))
         )
         self.head = Conv[Conv.CONV, spatial_dims](channels[0], 1, 1)
@@ -91,9 +111,8 @@ class NestDecoder(nn.Module):
     def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         """Features of each scale to images ``(B, 1, H, W[, D])``."""
         joined, latest = list(features), list(features)
-        for blocks in self.rounds:
-            coarser = [F.interpolate(i, scale_factor=2.0, mode="nearest") for i in latest[1:]]
-            latest = [block(torch.cat(pair, dim=1)) for block, *pair in zip(blocks, joined, coarser)]
+        for nest_round in self.rounds:
+            latest = nest_round(joined, latest)
             joined = [torch.cat(pair, dim=1) for pair in zip(joined, latest)]
         return self.head(latest[0])
 

@@ -23,6 +23,34 @@ from custom_nets.nets.registry import register_network
 __all__ = ["SwinFusion"]
 
 
+class FusionStage(nn.Module):
+    """Attention within each of two images, a plain and a shifted Swin block, then from each to the other.
+
+    Args:
+        spatial_dims: 2 or 3.
+        dim: channels of the tokens.
+        num_heads: attention heads.
+        window_size: tokens along each side of an attention window.
+    """
+
+    def __init__(self, spatial_dims: int, dim: int, num_heads: int, window_size: int) -> None:
+        super().__init__()
+
+        def within() -> nn.Module:
+            return SwinLayer(spatial_dims, dim, 2, num_heads, window_size, mlp_ratio=2.0)
+
+        def cross() -> nn.Module:
+            return CrossWindowBlock(spatial_dims, dim, num_heads, window_size, mlp_ratio=2.0)
+
+        self.within_x, self.within_y = within(), within()
+        self.cross_x, self.cross_y = cross(), cross()
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features of two images, each ``(B, H, W[, D], dim)``, to the same shapes."""
+        x, y = self.within_x(x), self.within_y(y)
+        return self.cross_x(x, y), self.cross_y(y, x)
+
+
 @register_network("swinfusion")
 class SwinFusion(PairNetwork):
     """SwinFusion: convolutions and Swin transformers extract, attention within and between the images fuses, Swin
@@ -47,7 +75,9 @@ class SwinFusion(PairNetwork):
         window_size = window_size or (8 if spatial_dims == 2 else 4)
         super().__init__(spatial_dims, multiple=window_size)
         conv = Conv[Conv.CONV, spatial_dims]
-        swin = (num_heads, window_size, 2.0)
+
+        def swin() -> nn.Module:
+            return ResidualSwinBlock(spatial_dims, dim, 4, num_heads, window_size, mlp_ratio=2.0)
 
         def extractor() -> nn.Sequential:
             return nn.Sequential(
@@ -55,20 +85,16 @@ class SwinFusion(PairNetwork):
                 nn.LeakyReLU(0.2),
                 conv(dim // 2, dim, 3, padding=1),
                 nn.LeakyReLU(0.2),
-                ResidualSwinBlock(spatial_dims, dim, 4, *swin),
+                swin(),
             )
 
         self.extract_x, self.extract_y = extractor(), extractor()
-        self.stages = nn.ModuleList()
-        for _ in range(2):
-            within = [SwinLayer(spatial_dims, dim, 2, *swin) for _ in range(2)]
-            between = [CrossWindowBlock(spatial_dims, dim, *swin) for _ in range(2)]
-            self.stages.append(nn.ModuleList(within + between))
+        self.stages = nn.ModuleList(FusionStage(spatial_dims, dim, num_heads, window_size) for _ in range(2))
         self.norm_x, self.norm_y = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.reconstruct = nn.Sequential(
             conv(2 * dim, dim, 3, padding=1),
             nn.LeakyReLU(0.2),
-            ResidualSwinBlock(spatial_dims, dim, 4, *swin),
+            swin(),
             conv(dim, dim // 2, 3, padding=1),
             nn.LeakyReLU(0.2),
             conv(dim // 2, dim // 4, 3, padding=1),
@@ -79,8 +105,7 @@ class SwinFusion(PairNetwork):
     def fuse(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         """Two images, each ``(B, 1, H, W[, D])``, to the fused one of the same shape."""
         x, y = self.extract_x(first).movedim(1, -1), self.extract_y(second).movedim(1, -1)
-        for within_x, within_y, cross_x, cross_y in self.stages:
-            x, y = within_x(x), within_y(y)
-            x, y = cross_x(x, y), cross_y(y, x)
+        for stage in self.stages:
+            x, y = stage(x, y)
         features = torch.cat([self.norm_x(x), self.norm_y(y)], dim=-1)
         return self.reconstruct(features.movedim(-1, 1))
