@@ -336,9 +336,16 @@ class TestLosses:
 
     def test_the_sharper_source_weighs_more(self):
         smooth = torch.linspace(0, 1, 24).expand(1, 1, 24, 24)
-        sharp = (smooth > 0.5).float()
-        weights = MRSCFusionLoss.source_weights(torch.cat([smooth, sharp], dim=1))
+        sources = torch.cat([smooth, (smooth > 0.5).float()], dim=1)
+        weights = MRSCFusionLoss.source_weights(sources)
         assert weights.sum() == pytest.approx(1) and weights[0, 1] > 0.6
+        kernel = -torch.ones(1, 1, 3, 3)
+        kernel[..., 1, 1] = 8
+        padded = torch.nn.functional.pad(sources[:, 1:], [1] * 4, mode="replicate")
+        energy = torch.nn.functional.conv2d(padded, kernel).square().mean()
+        assert weights[0, 1].item() == pytest.approx(torch.sigmoid(energy).item(), abs=1e-3)
+        volume = sources.unsqueeze(-1).expand(-1, -1, -1, -1, 5)
+        torch.testing.assert_close(MRSCFusionLoss.source_weights(volume), weights)
 
     @pytest.mark.parametrize("loss", ["mactfusion", "mrscfusion"])
     def test_autocast_and_black_images(self, loss):
@@ -376,7 +383,7 @@ class TestTwoStages:
         flow.finalize()
         return flow
 
-    @pytest.mark.parametrize("volume", [False, True], ids=["2d", "3d"])
+    @pytest.mark.parametrize("volume", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["2d", "3d"])
     def test_chain(self, tmp_path, volume):
         kind = ("volumes", (24, 20, 16)) if volume else ("slices", (32, 28))
         write(str(tmp_path / "data"), kind=kind[0], subjects=3, shape=kind[1])

@@ -14,6 +14,7 @@ from custom_nets.blocks.cross_mamba import CrossMamba, CrossMambaBlock
 from custom_nets.blocks.cross_window_attention import CrossWindowAttention, CrossWindowBlock
 from custom_nets.blocks.dilated_gated_conv import DilatedGatedConvBlock
 from custom_nets.blocks.gradient_residual_dense import GradientResidualDenseBlock, SobelEdges
+from custom_nets.blocks.leaky_convs import leaky_convs
 from custom_nets.blocks.mamba import Mamba, MambaBlock
 from custom_nets.blocks.max_vit import MaxViTBlock
 from custom_nets.blocks.multi_source_mamba import MultiSourceMamba
@@ -40,6 +41,7 @@ __all__ = [
     "SwinLayer",
     "TokenExchange",
     "crop_to_size",
+    "leaky_convs",
     "pad_to_multiple",
     "swap_channels",
 ]

@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 from monai.networks.layers.factories import Conv, Norm
 
-from custom_nets.blocks import GradientResidualDenseBlock, MaxViTBlock
+from custom_nets.blocks import GradientResidualDenseBlock, MaxViTBlock, leaky_convs
 from custom_nets.nets.pair_network import PairNetwork
 from custom_nets.nets.registry import register_network
 
@@ -121,7 +121,7 @@ class MACTFusion(PairNetwork):
         self.extract_x, self.extract_y = extractor(), extractor()
         self.gate_x, self.gate_y = (CrossGate(spatial_dims, 48, num_heads, window_size) for _ in range(2))
         self.reconstruct = nn.Sequential(
-            conv(96, 48, 1), nn.LeakyReLU(0.2), conv(48, 32, 3, padding=1), nn.LeakyReLU(0.2), conv(32, 1, 3, padding=1)
+            conv(96, 48, 1), nn.LeakyReLU(0.2), leaky_convs(spatial_dims, [48, 32, 1], linear_end=True)
         )
 
     def fuse(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

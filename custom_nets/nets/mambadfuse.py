@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 from monai.networks.layers.factories import Conv
 
-from custom_nets.blocks import MambaBlock, MultiSourceMamba, TokenExchange
+from custom_nets.blocks import MambaBlock, MultiSourceMamba, TokenExchange, leaky_convs
 from custom_nets.nets.pair_network import PairNetwork
 from custom_nets.nets.registry import register_network
 from custom_nets.ops import scan_orders
@@ -73,21 +73,13 @@ class MambaDFuse(PairNetwork):
         def plain() -> nn.ModuleList:
             return nn.ModuleList(MambaBlock(dim, raster, state_dim, normalise=False) for _ in range(depth))
 
-        self.stem = nn.Sequential(
-            conv(1, dim // 2, 3, padding=1), nn.LeakyReLU(0.2), conv(dim // 2, dim, 3, padding=1), nn.LeakyReLU(0.2)
-        )
+        self.stem = leaky_convs(spatial_dims, [1, dim // 2, dim])
         self.extract_x, self.extract_y = plain(), plain()
         self.exchanges = nn.ModuleList(TokenExchange(dim, raster, state_dim, rounds=1) for _ in range(2))
         self.mix_x, self.mix_y = (conv(2 * dim, dim, 3, padding=1) for _ in range(2))
         self.fusion = nn.ModuleList(MultiModalMambaBlock(spatial_dims, dim, state_dim) for _ in range(5))
         self.refine = plain()
-        self.head = nn.Sequential(
-            conv(dim, dim // 2, 3, padding=1),
-            nn.LeakyReLU(0.2),
-            conv(dim // 2, dim // 4, 3, padding=1),
-            nn.LeakyReLU(0.2),
-            conv(dim // 4, 1, 3, padding=1),
-        )
+        self.head = leaky_convs(spatial_dims, [dim, dim // 2, dim // 4, 1], linear_end=True)
 
     def fuse(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         """Two images, each ``(B, 1, H, W[, D])``, to the fused one of the same shape."""

@@ -19,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from monai.networks.layers.factories import Conv, Pool
 
-from custom_nets.blocks import GradientResidualDenseBlock, ResidualSwinBlock, crop_to_size
+from custom_nets.blocks import GradientResidualDenseBlock, ResidualSwinBlock, crop_to_size, leaky_convs
 from custom_nets.nets.pair_network import PairNetwork
 from custom_nets.nets.registry import register_network
 
@@ -138,14 +138,13 @@ class TransformerCNNFusion(nn.Module):
             return nn.Sequential(conv(), ResidualSwinBlock(spatial_dims, channels, 3, num_heads, window_size, 4.0))
 
         def dense() -> nn.Sequential:
-            return nn.Sequential(
-                conv(), nn.LeakyReLU(0.2), GradientResidualDenseBlock(spatial_dims, channels, channels)
-            )
+            convs = leaky_convs(spatial_dims, [channels, channels])
+            return nn.Sequential(convs, GradientResidualDenseBlock(spatial_dims, channels, channels))
 
         self.swin_x, self.swin_y = swin(), swin()
         self.swin_merge = conv(2)
         self.dense_x, self.dense_y = dense(), dense()
-        self.dense_merge = nn.Sequential(conv(2), nn.LeakyReLU(0.2), conv(), nn.LeakyReLU(0.2), conv())
+        self.dense_merge = leaky_convs(spatial_dims, [2 * channels, *[channels] * 3], linear_end=True)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Features of two images, each ``(B, channels, H, W[, D])``, to the same shape."""

@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn as nn
-from monai.networks.layers.factories import Conv
 
-from custom_nets.blocks import CrossWindowBlock, ResidualSwinBlock, SwinLayer
+from custom_nets.blocks import CrossWindowBlock, ResidualSwinBlock, SwinLayer, leaky_convs
 from custom_nets.nets.pair_network import PairNetwork
 from custom_nets.nets.registry import register_network
 
@@ -74,32 +73,20 @@ class SwinFusion(PairNetwork):
     ) -> None:
         window_size = window_size or (8 if spatial_dims == 2 else 4)
         super().__init__(spatial_dims, multiple=window_size)
-        conv = Conv[Conv.CONV, spatial_dims]
 
         def swin() -> nn.Module:
             return ResidualSwinBlock(spatial_dims, dim, 4, num_heads, window_size, mlp_ratio=2.0)
 
-        def extractor() -> nn.Sequential:
-            return nn.Sequential(
-                conv(1, dim // 2, 3, padding=1),
-                nn.LeakyReLU(0.2),
-                conv(dim // 2, dim, 3, padding=1),
-                nn.LeakyReLU(0.2),
-                swin(),
-            )
+        def extractor() -> nn.Module:
+            return nn.Sequential(leaky_convs(spatial_dims, [1, dim // 2, dim]), swin())
 
         self.extract_x, self.extract_y = extractor(), extractor()
         self.stages = nn.ModuleList(FusionStage(spatial_dims, dim, num_heads, window_size) for _ in range(2))
         self.norm_x, self.norm_y = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.reconstruct = nn.Sequential(
-            conv(2 * dim, dim, 3, padding=1),
-            nn.LeakyReLU(0.2),
+            leaky_convs(spatial_dims, [2 * dim, dim]),
             swin(),
-            conv(dim, dim // 2, 3, padding=1),
-            nn.LeakyReLU(0.2),
-            conv(dim // 2, dim // 4, 3, padding=1),
-            nn.LeakyReLU(0.2),
-            conv(dim // 4, 1, 3, padding=1),
+            leaky_convs(spatial_dims, [dim, dim // 2, dim // 4, 1], linear_end=True),
         )
 
     def fuse(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

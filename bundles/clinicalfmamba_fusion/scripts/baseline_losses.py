@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from monai.networks.layers.simplelayers import LaplaceFilter
 
 from scripts.losses import FusionGradientLoss, FusionLoss
 from scripts.ssim import ssim
@@ -54,8 +53,9 @@ def ms_ssim(fused: torch.Tensor, sources: torch.Tensor, window_size: int = 11) -
         if coarsest:
             break
         fused, sources = pool(fused, stride), pool(sources, stride)
-    weights = torch.tensor(exponents[: len(scores)], device=fused.device).view(-1, 1, 1)
-    return (torch.stack(scores).log() * weights / weights.sum()).sum(dim=0).exp()
+    total = sum(exponents[: len(scores)])
+    powers = [score ** (exponent / total) for score, exponent in zip(scores, exponents)]
+    return torch.stack(powers).prod(dim=0)
 
 
 class MACTFusionLoss(FusionLoss):
@@ -113,8 +113,11 @@ class MRSCFusionLoss(FusionLoss):
     @staticmethod
     def source_weights(sources: torch.Tensor) -> torch.Tensor:
         """Softmax over the sources of their Laplacian energies, `(B, S)`."""
-        laplacian = LaplaceFilter(sources.ndim - 2, size=3).to(sources.device)(sources.contiguous())
-        return torch.softmax(laplacian.float().square().flatten(2).mean(dim=2), dim=1)
+        pool = {4: F.avg_pool2d, 5: F.avg_pool3d}[sources.ndim]
+        # The kernel with 8 amid -1, as nine times the difference from the mean: a volume that is constant along an axis
+        # then weighs as its slice does.
+        laplacian = 9 * (sources - pool(sources, 3, stride=1, padding=1, count_include_pad=False))
+        return torch.softmax(laplacian.square().flatten(2).mean(dim=2), dim=1)
 
     def feature_distance(self, fused: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
