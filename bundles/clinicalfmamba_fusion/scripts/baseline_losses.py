@@ -14,6 +14,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -29,7 +31,9 @@ def ms_ssim(fused: torch.Tensor, sources: torch.Tensor, window_size: int = 11) -
     differentiable, in float32.
 
     From scale to scale those sides are halved that stay at least as long as the window. Where fewer than the five
-    scales fit, the exponents of the last ones are left out and the others scaled to sum to one.
+    scales fit, the exponents of the last ones are left out and the others scaled to sum to one. The power of a
+    negative score is not defined; so that a network that begins with inverted contrast learns to turn it, the
+    logarithms of the scores, and the exponential of their sum, are continued as straight lines below 0.05.
 
     Args:
         fused: `(B, 1, H, W[, D])`.
@@ -37,7 +41,7 @@ def ms_ssim(fused: torch.Tensor, sources: torch.Tensor, window_size: int = 11) -
         window_size: odd width of the Gaussian window in pixels.
 
     Returns:
-        `(B, S)`, in (0, 1].
+        `(B, S)`, at most 1.
     """
     exponents = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
     pool = {4: F.avg_pool2d, 5: F.avg_pool3d}[fused.ndim]
@@ -47,15 +51,18 @@ def ms_ssim(fused: torch.Tensor, sources: torch.Tensor, window_size: int = 11) -
         stride = [2 if side // 2 >= window_size else 1 for side in fused.shape[2:]]
         coarsest = scale == len(exponents) - 1 or max(stride) == 1
         # a luminance term with so large a constant is 1, which leaves the contrast and structure terms
-        score = ssim(fused, sources, window_size, k1=0.01 if coarsest else 1e4)
-        # the power of a negative number is not defined, and that of zero has no gradient
-        scores.append(score.clamp_min(1e-4))
+        scores.append(ssim(fused, sources, window_size, k1=0.01 if coarsest else 1e4))
         if coarsest:
             break
         fused, sources = pool(fused, stride), pool(sources, stride)
     total = sum(exponents[: len(scores)])
-    powers = [score ** (exponent / total) for score, exponent in zip(scores, exponents)]
-    return torch.stack(powers).prod(dim=0)
+    start = 0.05
+    logarithm = torch.zeros_like(scores[0])
+    for score, exponent in zip(scores, exponents):
+        upper = score.clamp_min(start)
+        logarithm = logarithm + exponent / total * (upper.log() + (score - upper) / start)
+    upper = logarithm.clamp_min(math.log(start))
+    return upper.exp() + start * (logarithm - upper)
 
 
 class MACTFusionLoss(FusionLoss):
