@@ -11,10 +11,16 @@
 
 from custom_nets.blocks.channel_attention import CrossModalChannelAttention
 from custom_nets.blocks.cross_mamba import CrossMamba, CrossMambaBlock
+from custom_nets.blocks.cross_window_attention import CrossWindowAttention, CrossWindowBlock
 from custom_nets.blocks.dilated_gated_conv import DilatedGatedConvBlock
+from custom_nets.blocks.gradient_residual_dense import GradientResidualDenseBlock, SobelEdges
+from custom_nets.blocks.leaky_convs import leaky_convs
 from custom_nets.blocks.mamba import Mamba, MambaBlock
+from custom_nets.blocks.max_vit import MaxViTBlock
+from custom_nets.blocks.multi_source_mamba import MultiSourceMamba
 from custom_nets.blocks.padding import crop_to_size, pad_to_multiple
 from custom_nets.blocks.residual_attention import ResidualPyramidAttention, double, halve, pooled_gate
+from custom_nets.blocks.residual_swin import ResidualSwinBlock, SwinLayer
 from custom_nets.blocks.selective_ssm import DirectionalSSM
 from custom_nets.blocks.shared_norm import shared_batch_norms
 from custom_nets.blocks.token_exchange import TokenExchange, swap_channels
@@ -23,15 +29,24 @@ __all__ = [
     "CrossMamba",
     "CrossMambaBlock",
     "CrossModalChannelAttention",
+    "CrossWindowAttention",
+    "CrossWindowBlock",
     "DilatedGatedConvBlock",
     "DirectionalSSM",
+    "GradientResidualDenseBlock",
     "Mamba",
     "MambaBlock",
+    "MaxViTBlock",
+    "MultiSourceMamba",
     "ResidualPyramidAttention",
+    "ResidualSwinBlock",
+    "SobelEdges",
+    "SwinLayer",
     "TokenExchange",
     "crop_to_size",
     "double",
     "halve",
+    "leaky_convs",
     "pad_to_multiple",
     "pooled_gate",
     "shared_batch_norms",

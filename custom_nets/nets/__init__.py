@@ -11,21 +11,29 @@
 
 from custom_nets.nets.clinicalfmamba import ClinicalFMamba
 from custom_nets.nets.ehdran import EHDRAN
+from custom_nets.nets.mactfusion import MACTFusion
+from custom_nets.nets.mambadfuse import MambaDFuse
+from custom_nets.nets.mrscfusion import MRSCFusion
 from custom_nets.nets.msdra import MSDRA
 from custom_nets.nets.msrpan import MSRPAN
 from custom_nets.nets.pair_network import PairNetwork
 from custom_nets.nets.pixel_rules import Average, Maximum
 from custom_nets.nets.registry import build_network, network_names, register_network
+from custom_nets.nets.swinfusion import SwinFusion
 from custom_nets.nets.two_stage import TwoStageNetwork
 
 __all__ = [
     "Average",
     "ClinicalFMamba",
     "EHDRAN",
+    "MACTFusion",
+    "MRSCFusion",
     "MSDRA",
     "MSRPAN",
+    "MambaDFuse",
     "Maximum",
     "PairNetwork",
+    "SwinFusion",
     "TwoStageNetwork",
     "build_network",
     "network_names",

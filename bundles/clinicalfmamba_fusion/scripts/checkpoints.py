@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from ignite.engine import Engine, Events
 
 from scripts.data import replacing
 
-__all__ = ["BestModelSaver", "LastEpochSaver", "check_file"]
+__all__ = ["BestModelSaver", "LastEpochSaver", "check_file", "load_parts"]
 
 
 def check_file(path: str | os.PathLike) -> None:
@@ -33,6 +33,36 @@ def check_file(path: str | os.PathLike) -> None:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"Checkpoint {path} does not exist: name the file that a training run has written.")
+
+
+def load_parts(network: torch.nn.Module, path: str | os.PathLike, parts: Sequence[str]) -> torch.nn.Module:
+    """
+    Load what an earlier stage of training has made of some parts of a network; its other parts stay as they are.
+
+    Args:
+        network: the network to load into.
+        path: weights of the whole network, as a run saves them (``model.pt``).
+        parts: names of the submodules to load.
+
+    Returns:
+        ``network``.
+
+    Raises:
+        FileNotFoundError: when ``path`` is not a file.
+        ValueError: when it does not hold the parts' weights.
+    """
+    check_file(path)
+    weights = torch.load(path, map_location="cpu", weights_only=True)
+    for part in parts:
+        names = {f"{part}.{name}": name for name in network.get_submodule(part).state_dict()}
+        try:
+            network.get_submodule(part).load_state_dict({names[key]: weights[key] for key in names})
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(
+                f"Checkpoint {path} does not hold the weights of {part} of {type(network).__name__}: name the model.pt "
+                "of its earlier stage of training, of the same size and number of dimensions."
+            ) from error
+    return network
 
 
 class LastEpochSaver:
