@@ -334,7 +334,12 @@ class TestConfigs:
         configs = [f"baselines/{name}", *(["volume"] if dims == 3 else [])]
         checkpoint = {}
         if name not in RULES:
-            small = {"crop_size": [16, 16] if dims == 2 else [12, 12, 12], "batch_size": 2, "max_epochs": 1, "val_interval": 1}
+            small = {
+                "crop_size": [16, 16] if dims == 2 else [12, 12, 12],
+                "batch_size": 2,
+                "max_epochs": 1,
+                "val_interval": 1,
+            }
             flow = self.run("train", *configs, output_dir=str(tmp_path / "run"), **small, **data[dims])
             assert flow.check_properties() == []
             assert np.isfinite(flow.parser.get_parsed_content("train#trainer").state.output[0]["loss"])
