@@ -196,7 +196,8 @@ class SaliencySaver:
             for axes, channel in zip(column, pictures):
                 axes.imshow(_upright(channel[index]), cmap="gray", vmin=0, vmax=1)
             column[-1].imshow(_upright(pictures[0, index]), cmap="gray", vmin=0, vmax=1)
-            column[-1].imshow(_upright(maps[index]), cmap="inferno", vmin=0, vmax=1, alpha=0.5)
+            shown = _upright(maps[index])
+            column[-1].imshow(shown, cmap="inferno", vmin=0, vmax=1, alpha=0.7 * shown)
         grid[-1, 0].set_title("what speaks for HGG", fontsize=9, loc="left")
         return figure
 

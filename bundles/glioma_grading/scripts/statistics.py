@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 from scipy.stats import norm, rankdata
-from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score
 
 __all__ = ["METRICS", "bootstrap_intervals", "delong_test", "expected_calibration_error", "grading_metrics", "patients"]
 
@@ -64,19 +63,20 @@ def grading_metrics(labels: np.ndarray, probabilities: np.ndarray, decisions: np
         probabilities: of label 1, `(N,)`.
         decisions: 0 or 1, `(N,)`.
     """
+    # scikit-learn's functions give the same, but check their arguments for longer than a bootstrap can wait
     hits, misses = np.sum(decisions[labels == 1] == 1), np.sum(decisions[labels == 1] == 0)
     alarms, rejections = np.sum(decisions[labels == 0] == 1), np.sum(decisions[labels == 0] == 0)
     sensitivity, specificity = hits / (hits + misses), rejections / (rejections + alarms)
     values = {
-        "auc": roc_auc_score(labels, probabilities),
+        "auc": _placements(labels, probabilities)[0].mean(),
         "f1": 2 * hits / (2 * hits + misses + alarms),
         "accuracy": (hits + rejections) / len(labels),
         "balanced_accuracy": (sensitivity + specificity) / 2,
         "sensitivity": sensitivity,
         "specificity": specificity,
-        "average_precision": average_precision_score(labels, probabilities),
+        "average_precision": _average_precision(labels, probabilities),
         "ece": expected_calibration_error(labels, probabilities),
-        "brier": brier_score_loss(labels, probabilities),
+        "brier": np.mean((probabilities - labels) ** 2),
     }
     return {name: float(value) for name, value in values.items()}
 
@@ -125,6 +125,14 @@ def delong_test(labels: np.ndarray, first: np.ndarray, second: np.ndarray) -> tu
     if variance <= 0:
         return difference, 1.0 if difference == 0 else 0.0
     return difference, float(2 * norm.sf(abs(difference) / np.sqrt(variance)))
+
+
+def _average_precision(labels: np.ndarray, scores: np.ndarray) -> float:
+    """Precision at each positive, equal scores taken together, averaged over the positives."""
+    positive = np.sort(scores[labels == 1])
+    hits = len(positive) - np.searchsorted(positive, positive)
+    called = len(scores) - np.searchsorted(np.sort(scores), positive)
+    return float((hits / called).mean())
 
 
 def _placements(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
