@@ -69,7 +69,7 @@ def workflow(configs: Sequence[str], dims: int, matching: str, row: Mapping[str,
         logging_file=False,
         bundle_root=str(BUNDLE),
         intensity_matching=matching,
-        **{**quiet, **settings, **overrides},
+        **{**quiet, **overrides, **settings},
     )
     flow.initialize()
     return flow

@@ -10,6 +10,7 @@
 # limitations under the License.
 
 from custom_nets.nets.clinicalfmamba import ClinicalFMamba
+from custom_nets.nets.mamba_classifier import ClinicalFMambaClassifier
 from custom_nets.nets.registry import build_network, network_names, register_network
 
-__all__ = ["ClinicalFMamba", "build_network", "network_names", "register_network"]
+__all__ = ["ClinicalFMamba", "ClinicalFMambaClassifier", "build_network", "network_names", "register_network"]

@@ -32,10 +32,13 @@ from monai.transforms import MapTransform
 from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
+from custom_nets.nets import network_names
 from scripts.data import replacing, stem
 
-__all__ = ["FuseModalitiesd", "FusionBundle", "content_digest", "own_scripts", "to_eight_bit"]
+__all__ = ["FuseModalitiesd", "FusionBundle", "content_digest", "own_scripts", "read_weights", "system_settings", "to_eight_bit"]
 
+# what needs no fusion network
+PLAIN_SOURCES = ("t2", "flair", "t2_flair", "average", "maximum", "fused_files")
 # what a fused image depends on
 CONFIG_IDS = ("spatial_dims", "network_def", "preprocessing", "inferer")
 
@@ -78,6 +81,12 @@ def content_digest(*files: str | os.PathLike) -> str:
         for part in sorted(p for p in file.rglob("*") if p.is_file()) if file.is_dir() else [file]:
             digest.update(hashlib.sha256(part.read_bytes()).digest())
     return digest.hexdigest()
+
+
+def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """State dict in a file, which may be a checkpoint with the network as ``model``."""
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    return content.get("model", content)
 
 
 class FusionBundle:
@@ -135,9 +144,8 @@ class FusionBundle:
             ValueError: when the weights are of another network.
         """
         network = self.part("network_def")
-        state = torch.load(self.weights, map_location="cpu", weights_only=True)
         try:
-            network.load_state_dict(state.get("model", state))
+            network.load_state_dict(read_weights(self.weights))
         except RuntimeError as error:
             raise ValueError(
                 f"Weights {self.weights} do not fit the fusion network {type(network).__name__} that the configs"
@@ -151,6 +159,31 @@ class FusionBundle:
         values = [self.parser.get(name) for name in ("strides", "roi_size", "lower_percentile", "upper_percentile")]
         text = config + json.dumps(values) + content_digest(self.weights)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def system_settings(bundle: str | os.PathLike, system: str, weights: str | os.PathLike | None) -> dict[str, Any]:
+    """
+    What `FusionBundle` needs, beyond its other settings, for the fused image of one system: of ``"fused"``, the
+    bundle's own network, nothing; of a ``configs/<system>.json`` in the bundle, that config; of a network in the
+    registry of `custom_nets`, its name in ``network_def``.
+
+    Raises:
+        ValueError: when there is no such system, or a network of the registry has no ``weights``.
+    """
+    if system == "fused":
+        return {}
+    config = f"configs/{system}.json"
+    if (Path(bundle) / config).is_file():
+        return {"configs": [config]}
+    if system not in network_names():
+        raise ValueError(
+            f"source '{system}' is none of {', '.join(PLAIN_SOURCES)}, fused, a config of the fusion bundle or a"
+            f" registered network ({', '.join(network_names())})."
+        )
+    if weights is None:
+        raise ValueError(f"source '{system}' is a network without weights of its own: name them as fusion_weights.")
+    network = {"_target_": "custom_nets.nets.build_network", "name": system, "spatial_dims": "@spatial_dims"}
+    return {"overrides": {"network_def": network}}
 
 
 class FuseModalitiesd(MapTransform):
@@ -170,6 +203,7 @@ class FuseModalitiesd(MapTransform):
         bundle, configs, weights, overrides, device: see `FusionBundle`.
         cache_dir: folder that keeps the fused images, named by a digest of weights, configuration and the images'
             content; None fuses anew each time.
+        system: whose fused image, see :func:`system_settings`.
         slice_batch: number of slices that a network for slices fuses at once.
         allow_missing_keys: do not raise when a key is missing.
     """
@@ -183,15 +217,19 @@ class FuseModalitiesd(MapTransform):
         overrides: Mapping[str, Any] | None = None,
         device: torch.device | str = "cpu",
         cache_dir: str | os.PathLike | None = None,
+        system: str = "fused",
         slice_batch: int = 16,
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
+        added = system_settings(bundle, system, weights)
+        configs = [*configs, *added.get("configs", ())]
+        overrides = {**added.get("overrides", {}), **(overrides or {})}
         self.fusion = FusionBundle(bundle, configs, weights, overrides, device)
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.slice_batch = slice_batch
         self.digest = self.fusion.digest()
-        self._arguments = (keys, bundle, configs, weights, overrides, str(device), cache_dir, slice_batch)
+        self._arguments = (keys, bundle, configs, weights, overrides, str(device), cache_dir, "fused", slice_batch)
         self._lock = threading.Lock()
         self._network: torch.nn.Module | None = None
 

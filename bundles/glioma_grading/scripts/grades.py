@@ -179,6 +179,8 @@ class SaliencySaver:
         with torch.enable_grad():
             found = self._cam(batch.requires_grad_(), class_idx=1)
         plain = torch.as_tensor(found).detach().float().cpu()
+        # a network that takes every channel by itself has a map for each
+        plain = plain.unflatten(0, (len(batch), -1)).mean(dim=1)
         maps = plain[:, 0] if self.spatial_dims == 2 else plain[0, 0].movedim(-1, 0)
         return maps / maps.max().clamp_min(1e-12)
 

@@ -22,8 +22,11 @@ import numpy as np
 
 from scripts.data import replacing
 from scripts.quality import training_ranges
+from scripts.sources import PAIR_SOURCES
 
 __all__ = ["add_training_ranges", "choose_threshold", "read_operating_point", "update_operating_point"]
+
+PAIR = set(PAIR_SOURCES)
 
 
 def choose_threshold(labels: Sequence[int], probabilities: Sequence[float]) -> float:
@@ -82,9 +85,9 @@ def read_operating_point(
         return {"threshold": float(threshold), "ranges": {}}
     point = json.loads(Path(path).read_text(encoding="utf-8"))
     for name, value in {"source": source, **settings}.items():
-        # files that a fusion has written hold what the network `fused` gives
-        fused = name == "source" and {point.get(name), value} == {"fused", "fused_files"}
-        if point.get(name, value) != value and not fused:
+        # files that a fusion has written stand for the network that wrote them
+        files = name == "source" and "fused_files" in (sources := {value, point.get(name)}) and not sources & PAIR
+        if point.get(name, value) != value and not files:
             raise ValueError(
                 f"The weights beside {path} were trained with {name} '{point[name]}', not '{value}': set {name}, or name"
                 " other weights as checkpoint."

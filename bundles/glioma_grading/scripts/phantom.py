@@ -52,13 +52,13 @@ def glioma(grade: str, seed: int, shape: Sequence[int] = (48, 56, 6)) -> dict[st
     side = rng.choice([-1, 1])
     centre = side * rng.uniform(0.35, 0.5), rng.uniform(-0.35, 0.35), rng.uniform(-0.3, 0.3)
     distance = np.sqrt(sum(((axis - c) / s) ** 2 for axis, c, s in zip((x, y, z), centre, (1, 1, 6))))
-    radius = rng.uniform(0.2, 0.3)
+    radius = rng.uniform(0.25, 0.35)
     t2, flair = np.full(shape, 0.4), np.full(shape, 0.42)
     t2[ventricles], flair[ventricles] = 0.9, 0.15
     if grade == "HGG":
         t2[distance < 1.5 * radius], flair[distance < 1.5 * radius] = 0.62, 0.75
         t2[distance < radius], flair[distance < radius] = 0.75, 0.9
-        t2[distance < 0.6 * radius], flair[distance < 0.6 * radius] = 0.95, 0.2
+        t2[distance < 0.7 * radius], flair[distance < 0.7 * radius] = 0.95, 0.2
     else:
         t2[distance < 1.1 * radius], flair[distance < 1.1 * radius] = 0.72, 0.8
     images = {}

@@ -31,17 +31,23 @@ __all__ = ["DescribeInputd", "describe", "find_flags", "training_ranges"]
 
 # a range seen in training counts as left when it is exceeded by this share of its width
 MARGIN = 0.25
+PAIR, FUSED = ("first", "second"), ("fused",)
 SENTENCES = {
     "blank": "an image is empty: a modality is missing",
     "identical": "both images are the same: a modality is missing",
 }
 
 
-def describe(image: torch.Tensor, spacing: Sequence[float]) -> dict[str, float]:
+def describe(image: torch.Tensor, spacing: Sequence[float], names: Sequence[str] = PAIR) -> dict[str, float]:
     """
     Measures of the raw image ``(C, H, W, D)``: whether it is empty, whether two channels are the same; how large the
     brain's field of view is, in mm along each axis and in cm^2 in the largest slice; and where its intensities lie, as
     percentiles of the brain, on a scale from the 0.1th to the 99.9th percentile of the image.
+
+    Args:
+        image: raw intensities.
+        spacing: size of a voxel in mm, three numbers.
+        names: of the channels, for the names of the measures.
     """
     scaled = ScaleIntensityRangePercentiles(0.1, 99.9, b_min=0, b_max=1, clip=True, channel_wise=True)(image)
     brain = is_brain(torch.as_tensor(np.asarray(scaled)))
@@ -55,10 +61,10 @@ def describe(image: torch.Tensor, spacing: Sequence[float]) -> dict[str, float]:
     for axis, name in enumerate(("width", "length", "height")):
         seen = anywhere.movedim(axis, 0).flatten(1).any(dim=1).nonzero()
         measures[name] = float(seen.max() - seen.min() + 1) * spacing[axis] if len(seen) else 0.0
-    for index, (channel, mask) in enumerate(zip(np.asarray(scaled), brain.numpy())):
+    for name, channel, mask in zip(names, np.asarray(scaled), brain.numpy()):
         inside = channel[mask] if mask.any() else np.zeros(1)
         for percentile, value in zip((10, 50, 90), np.percentile(inside, (10, 50, 90))):
-            measures[f"image_{index}_p{percentile}"] = float(value)
+            measures[f"{name}_p{percentile}"] = float(value)
     return measures
 
 
@@ -86,7 +92,9 @@ class DescribeInputd(MapTransform):
             image = load_fused_file(Path(d[key])) if self.fused_files else self.load_pair(d[key])[0]
             spacing = affine_to_spacing(image.affine, image.affine.shape[0] - 1).tolist()
             plain = image.as_tensor().float()
-            d[self.quality_key] = describe(plain if plain.ndim == 4 else plain[..., None], [*spacing[:3], 1.0, 1.0])
+            plain = plain if plain.ndim == 4 else plain[..., None]
+            names = FUSED if self.fused_files else PAIR
+            d[self.quality_key] = describe(plain, [*spacing, 1.0, 1.0][:3], names)
         return d
 
 
@@ -101,13 +109,14 @@ def training_ranges(cases: Sequence[Mapping], fused_files: bool = False) -> dict
 def find_flags(measures: Mapping[str, float], ranges: Mapping[str, Sequence[float]]) -> list[str]:
     """
     What is unusual about an input, in words: a modality that is missing, and every measure that is outside of the range
-    seen in training, widened by a quarter on both sides.
+    seen in training, widened by a quarter on both sides. Of a fused file, its field of view can be compared with that of
+    the pairs that a network was trained on, its intensities can not.
     """
     missing = [sentence for name, sentence in SENTENCES.items() if measures[name]]
     if missing:
         return missing
     flags = []
-    for name, (low, high) in ranges.items():
+    for name, (low, high) in ((name, ends) for name, ends in ranges.items() if name in measures):
         slack = MARGIN * (high - low)
         if not low - slack <= measures[name] <= high + slack:
             kind = "intensities" if "_p" in name else "field of view"

@@ -26,7 +26,7 @@ from scripts.data import stem
 from scripts.fusion import to_eight_bit
 from scripts.transforms import LoadPair
 
-__all__ = ["PAIR_SOURCES", "LoadSourced", "load_fused_file", "num_channels"]
+__all__ = ["PAIR_SOURCES", "LoadSourced", "load_fused_file"]
 
 # of a pair (2, H, W[, D]) in [0, 1]
 PAIR_SOURCES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -36,11 +36,6 @@ PAIR_SOURCES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "average": lambda pair: pair.mean(dim=0, keepdim=True),
     "maximum": lambda pair: pair.amax(dim=0, keepdim=True),
 }
-
-
-def num_channels(source: str) -> int:
-    """Channels of the image that ``source`` gives."""
-    return 2 if source == "t2_flair" else 1
 
 
 def load_fused_file(file: str | Path) -> MetaTensor:
@@ -88,9 +83,7 @@ class LoadSourced(MapTransform):
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         if source not in (*PAIR_SOURCES, "fused_files") and fuse is None:
-            raise ValueError(
-                f"source '{source}' is none of {', '.join(PAIR_SOURCES)}, fused_files and fused (which needs `fuse`)."
-            )
+            raise ValueError(f"source '{source}' is none of {', '.join(PAIR_SOURCES)}, fused_files: it needs `fuse`.")
         self.source = source
         self.fuse = fuse
         self.load_pair = LoadPair()
