@@ -205,10 +205,11 @@ def floors(dataset_dir: str, folder: Path, matchings: Sequence[str]) -> list[dic
     cases = find_cases(dataset_dir)
     labels, subjects = ({case["case"]: case[key] for case in cases} for key in ("label", "subject"))
     records = []
-    for matching, (name, measure) in product(matchings, FLOORS.items()):
+    for matching, (name, floor) in product(matchings, FLOORS.items()):
         path = folder / "floors" / f"{name.replace(' ', '_')}_{matching}.npz"
         if not path.is_file():
-            found = {case["case"]: measure(case, matching) for case in tqdm(cases, desc=f"{name}, {matching}")}
+            measure = floor(matching)
+            found = {case["case"]: measure(case) for case in tqdm(cases, desc=f"{name}, {matching}")}
             with replacing(path) as temporary:
                 np.savez_compressed(temporary, **found)
         with np.load(path) as stored:
@@ -311,12 +312,15 @@ def to_csv_rows(table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def report(dataset_dir: str, output_dir: str = "grading_table", samples: int = 1000) -> None:
+def report(
+    dataset_dir: str, output_dir: str = "grading_table", matchings: Sequence[str] = ("none",), samples: int = 1000
+) -> None:
     """
     Args:
         dataset_dir: the cases that `run` graded; the floors are measured on them.
         output_dir: folder with ``folds.json`` and ``predictions.csv`` of `run`; tables and curves are written there.
             Without predictions the table has the floors alone.
+        matchings: measure the floors with these, besides those in the predictions.
         samples: bootstrap draws of an interval.
     """
     from scripts.report import draw_curves
@@ -325,7 +329,7 @@ def report(dataset_dir: str, output_dir: str = "grading_table", samples: int = 1
     grading_splits(dataset_dir, folds_file=folder / "folds.json")
     path = folder / "predictions.csv"
     predictions = read_predictions(path) if path.is_file() else []
-    matchings = list(dict.fromkeys(["none", *(record["matching"] for record in predictions)]))
+    matchings = list(dict.fromkeys([*matchings, *(record["matching"] for record in predictions)]))
     rows = average_seeds([*floors(dataset_dir, folder, matchings), *predictions])
     table = summarise(rows, samples)
     lines = verdicts(table)

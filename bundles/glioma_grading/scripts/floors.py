@@ -15,12 +15,12 @@ network has to be above both before it can be said to have seen a tumour's shape
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from monai.data.utils import affine_to_spacing
-from monai.transforms import Compose, MapTransform
+from monai.transforms import Compose
 from sklearn.ensemble import RandomForestClassifier
 
 from scripts.operating_point import choose_threshold
@@ -32,33 +32,42 @@ from scripts.transforms import LoadPair
 __all__ = ["FLOORS", "acquisition", "cross_validate", "joint_histogram"]
 
 BINS = 16
+Measure = Callable[[Mapping[str, Any]], np.ndarray]
 
 
-def joint_histogram(case: Mapping[str, Any], intensity_matching: str = "none") -> np.ndarray:
+def joint_histogram(intensity_matching: str = "none") -> Measure:
     """
-    Shares of the brain's voxels in the 16 x 16 bins of T2 and FLAIR, `(256,)`. Each image is scaled by itself, as for a
-    network, and matched between sites by ``intensity_matching`` (`scripts.slices.MatchIntensityd`).
+    Measure of a case: the shares of its brain's voxels in 16 x 16 bins of T2 and FLAIR, `(256,)`. Each image is scaled
+    by itself, as for a network, and matched between sites by ``intensity_matching`` (`scripts.slices.MatchIntensityd`).
     """
     load = Compose([LoadSourced("image", "t2_flair"), MatchIntensityd("image", intensity_matching)])
-    t2, flair = load({"image": case["image"]})["image"].numpy()
-    brain = (t2 > 0) | (flair > 0)
-    counts, _, _ = np.histogram2d(t2[brain], flair[brain], bins=BINS, range=[[0, 1], [0, 1]])
-    return (counts / max(brain.sum(), 1)).ravel()
+
+    def measure(case: Mapping[str, Any]) -> np.ndarray:
+        t2, flair = load({"image": case["image"]})["image"].numpy()
+        brain = (t2 > 0) | (flair > 0)
+        counts, _, _ = np.histogram2d(t2[brain], flair[brain], bins=BINS, range=[[0, 1], [0, 1]])
+        return (counts / max(brain.sum(), 1)).ravel()
+
+    return measure
 
 
-def acquisition(case: Mapping[str, Any], intensity_matching: str = "none") -> np.ndarray:
+def acquisition(intensity_matching: str = "none") -> Measure:
     """
-    What scanner and protocol leave in an image besides the tumour: the intensity scale (median of the raw brain in T2
-    and in FLAIR), the field of view (extent and largest section of the brain), and where the slices lie (position of
-    the first one along the axis). ``intensity_matching`` leaves these as they are.
+    Measure of a case, `(7,)`: what scanner and protocol leave in an image besides the tumour. The field of view (largest
+    section and extent of the brain), the intensity scale (median of the raw brain in T2 and in FLAIR), and where the
+    slices lie (position of the first one along the axis). ``intensity_matching`` leaves these as they are.
     """
-    pair, _ = LoadPair()(case["image"])
-    raw = pair.as_tensor().float()
-    spacing = affine_to_spacing(pair.affine).tolist()
-    measures = describe(raw, spacing)
-    field = [measures[name] for name in ("area", "width", "length", "height")]
-    scale = [float(np.median(image[image > 0])) if (image > 0).any() else 0.0 for image in raw.numpy()]
-    return np.array([*field, *scale, float(pair.affine[2, 3])])
+    load = LoadPair()
+
+    def measure(case: Mapping[str, Any]) -> np.ndarray:
+        pair, _ = load(case["image"])
+        raw = pair.as_tensor().float()
+        measures = describe(raw, affine_to_spacing(pair.affine).tolist())
+        field = [measures[name] for name in ("area", "width", "length", "height")]
+        scale = [float(np.median(image[image > 0])) if (image > 0).any() else 0.0 for image in raw.numpy()]
+        return np.array([*field, *scale, float(pair.affine[2, 3])])
+
+    return measure
 
 
 FLOORS = {"joint histogram": joint_histogram, "acquisition": acquisition}
