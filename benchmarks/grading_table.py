@@ -28,6 +28,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -98,9 +99,7 @@ def train_and_test(
     flow.run()
     checkpoint = str(folder / "model.pt")
     shared.pop("max_epochs", None)
-    flow = workflow(
-        ("train", "evaluate"), dims, matching, row, output_dir=str(folder), checkpoint=checkpoint, **shared
-    )
+    flow = workflow(("train", "evaluate"), dims, matching, row, output_dir=str(folder), checkpoint=checkpoint, **shared)
     flow.run()
 
 
@@ -200,15 +199,18 @@ def floors(dataset_dir: str, folder: Path, matchings: Sequence[str]) -> list[dic
     """Out-of-fold predictions of the floors, in the form of `collect`."""
     import numpy as np
 
-    from scripts.floors import FLOORS, cross_validate
+    from scripts.floors import acquisition, cross_validate, joint_histogram
 
     cases = find_cases(dataset_dir)
     labels, subjects = ({case["case"]: case[key] for case in cases} for key in ("label", "subject"))
     records = []
-    for matching, (name, floor) in product(matchings, FLOORS.items()):
+    # how images were acquired does not depend on what is done with their intensities
+    measures = [("acquisition", "none", acquisition)]
+    measures += [("joint histogram", matching, partial(joint_histogram, matching)) for matching in matchings]
+    for name, matching, floor in measures:
         path = folder / "floors" / f"{name.replace(' ', '_')}_{matching}.npz"
         if not path.is_file():
-            measure = floor(matching)
+            measure = floor()
             found = {case["case"]: measure(case) for case in tqdm(cases, desc=f"{name}, {matching}")}
             with replacing(path) as temporary:
                 np.savez_compressed(temporary, **found)

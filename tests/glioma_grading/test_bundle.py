@@ -21,10 +21,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from grading import BUNDLE, COMMON, CONFIGS, FUSION, NETWORK, ROOT, TRAIN, TRAIN_3D, names, run, run_command, workflow
 from monai.bundle import ConfigWorkflow
 from sklearn.metrics import roc_auc_score
 
+from grading import BUNDLE, COMMON, CONFIGS, FUSION, NETWORK, ROOT, TRAIN, TRAIN_3D, names, run, run_command, workflow
 from scripts.predictions import read_predictions
 
 LEARN = {"source": "t2_flair", "num_folds": 2}
@@ -33,7 +33,13 @@ LEARN = {"source": "t2_flair", "num_folds": 2}
 @pytest.fixture(scope="module")
 def learned(patients, tmp_path_factory):
     folder = tmp_path_factory.mktemp("learned")
-    run("train", run_id="training", dataset_dir=str(patients), output_dir=str(folder), **TRAIN | LEARN | {"max_epochs": 16})
+    run(
+        "train",
+        run_id="training",
+        dataset_dir=str(patients),
+        output_dir=str(folder),
+        **TRAIN | LEARN | {"max_epochs": 16},
+    )
     return folder
 
 
@@ -118,7 +124,9 @@ def grade(out, trained, *configs, **overrides):
 
 class TestInference:
     def files(self, patients, case="glioma_001", grade="HGG"):
-        return {f"input_{k}": str(patients / grade / case / f"{case}_{m}.nii.gz") for k, m in (("a", "t2"), ("b", "flair"))}
+        return {
+            f"input_{k}": str(patients / grade / case / f"{case}_{m}.nii.gz") for k, m in (("a", "t2"), ("b", "flair"))
+        }
 
     def test_two_files(self, patients, learned, tmp_path):
         (record,) = grade(tmp_path, learned, saliency=True, **self.files(patients))
@@ -127,7 +135,9 @@ class TestInference:
         assert record["notice"] == "Not for clinical use." and record["weights"].startswith("model.pt ")
         assert names(tmp_path) == ["glioma_001/glioma_001_saliency.png", "grades.csv", "grades.json"]
         lines = (tmp_path / "grades.csv").read_text().splitlines()
-        assert lines[0].startswith("case,grade,probability,threshold,weights,") and lines[1].startswith("glioma_001,HGG,")
+        assert lines[0].startswith("case,grade,probability,threshold,weights,") and lines[1].startswith(
+            "glioma_001,HGG,"
+        )
 
     def test_a_folder(self, few_patients, learned_3d, tmp_path):
         shutil.copytree(few_patients / "LGG", tmp_path / "data" / "LGG")
@@ -164,7 +174,9 @@ class TestInference:
             assert records[name]["grade"] is None and "a modality is missing" in records[name]["flags"][0]
         assert any(flag.startswith("unusual field of view: width") for flag in records["large"]["flags"])
         assert any(flag.startswith("unusual intensities: first_p50") for flag in records["dark"]["flags"])
-        near = grade(tmp_path / "near", learned, threshold=records["usual"]["probability"] - 0.05, **self.files(patients))
+        near = grade(
+            tmp_path / "near", learned, threshold=records["usual"]["probability"] - 0.05, **self.files(patients)
+        )
         assert near[0]["flags"] == ["probability within 0.1 of the threshold"]
 
     def test_label_classification(self, patients, learned, tmp_path):
@@ -221,7 +233,7 @@ class TestChain:
         assert any("another fusion network" in flag for flag in record["flags"])
 
     def test_the_bundle_alone(self, few_patients, tmp_path):
-        """Packed, with no fusion bundle beside it, it says in one sentence what is missing, and grades other sources."""
+        """Packed, with no fusion bundle beside it, it says in a sentence what is missing, and grades other sources."""
         bundle = tmp_path / "grading"
         shutil.copytree(BUNDLE, bundle, symlinks=False, ignore=shutil.ignore_patterns("__pycache__", "models"))
         settings = {"dataset_dir": few_patients, "output_dir": tmp_path / "out", **TRAIN, "num_folds": 2}
@@ -238,7 +250,9 @@ class TestChain:
 class TestProperties:
     CONFIGS = {"train": ["train"], "evaluate": ["train", "evaluate"], "infer": ["inference"]}
 
-    @pytest.mark.parametrize("added", [(), ("volume",), ("densenet",), ("mamba",)], ids=["2d", "3d", "densenet", "mamba"])
+    @pytest.mark.parametrize(
+        "added", [(), ("volume",), ("densenet",), ("mamba",)], ids=["2d", "3d", "densenet", "mamba"]
+    )
     @pytest.mark.parametrize("task", CONFIGS)
     def test_nothing_is_missing(self, few_patients, learned, tmp_path, task, added):
         # what training has written is looked for beside the checkpoint
@@ -247,7 +261,9 @@ class TestProperties:
         settings |= {"checkpoint": str(tmp_path / "model.pt"), "threshold": 0.5, "num_slices": 4, "device": "cpu"}
         settings |= {"spatial_dims": 2} if "volume" not in added else {}
         if task == "infer":
-            settings["saliency_layer"] = {"mamba": "encoder", "densenet": "class_layers.relu"}.get("".join(added), "layer3")
+            settings["saliency_layer"] = {"mamba": "encoder", "densenet": "class_layers.relu"}.get(
+                "".join(added), "layer3"
+            )
         if "volume" in added:
             (tmp_path / "operating_point.json").unlink()
         kind = "infer" if task == "infer" else "train"
@@ -308,7 +324,9 @@ class TestMistakes:
     def test_unknown_source(self, capsys, few_patients, tmp_path):
         settings = {"dataset_dir": str(few_patients), "output_dir": str(tmp_path), "source": "t1", "num_folds": 2}
         line = self.last_line(capsys, "train", **settings)
-        assert line.startswith("ValueError: source 't1' is none of t2, flair, t2_flair, average, maximum, fused_files, fused")
+        assert line.startswith(
+            "ValueError: source 't1' is none of t2, flair, t2_flair, average, maximum, fused_files, fused"
+        )
 
 
 class TestFiles:
@@ -327,7 +345,10 @@ class TestFiles:
             assert data_format["outputs"]["pred"]["channel_def"] == {"0": "LGG", "1": "HGG"}
             assert data_format["outputs"]["pred"]["format"] == "classes"
         pins = re.findall(r"(?m)^([\w-]+)==([\w.]+)", (ROOT / "constraints.txt").read_text())
-        packages = meta["required_packages_version"] | {"monai": meta["monai_version"], "torch": meta["pytorch_version"]}
+        packages = meta["required_packages_version"] | {
+            "monai": meta["monai_version"],
+            "torch": meta["pytorch_version"],
+        }
         assert set(packages.items()) <= set(pins)
 
     @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
@@ -344,7 +365,13 @@ class TestFiles:
             assert train[key] == inference[key]
 
     def test_what_a_bundle_consists_of(self):
-        for file in ("LICENSE", "configs/logging.conf", "configs/metadata.json", "docs/README.md", "docs/data_license.txt"):
+        for file in (
+            "LICENSE",
+            "configs/logging.conf",
+            "configs/metadata.json",
+            "docs/README.md",
+            "docs/data_license.txt",
+        ):
             assert (BUNDLE / file).is_file()
         assert os.readlink(BUNDLE / "custom_nets") == "../../custom_nets"
         assert "not for clinical use" in (BUNDLE / "docs" / "README.md").read_text().lower()

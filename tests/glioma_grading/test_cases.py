@@ -48,7 +48,10 @@ def test_grades_in_a_table(flat, tmp_path):
 
 
 def test_images_in_a_table(flat, tmp_path):
-    rows = [f"{c}/{c}_t2.nii.gz,{c}/{c}_flair.nii.gz,{g},{s}" for c, g, s in (("glioma_100", 1, "validation"), ("glioma_102", 0, ""))]
+    rows = [
+        f"{c}/{c}_t2.nii.gz,{c}/{c}_flair.nii.gz,{g},{s}"
+        for c, g, s in (("glioma_100", 1, "validation"), ("glioma_102", 0, ""))
+    ]
     (tmp_path / "list.csv").write_text("\n".join(["t2,flair,grade,split", *rows]))
     lists = case_lists(flat, datalist=tmp_path / "list.csv")
     assert [(case["case"], case["label"]) for case in lists["validation"]] == [("glioma_100", 1)]

@@ -75,7 +75,10 @@ def _list(folder, tmp_path):
 
 def test_splits_of_a_data_list(few_patients, tmp_path):
     def item(case, grade):
-        return {"image": [str(few_patients / grade / case / f"{case}_{m}.nii.gz") for m in ("t2", "flair")], "label": grade}
+        return {
+            "image": [str(few_patients / grade / case / f"{case}_{m}.nii.gz") for m in ("t2", "flair")],
+            "label": grade,
+        }
 
     lists = {"training": [item("glioma_100", "HGG")], "validation": [item("glioma_102", "LGG")]}
     (tmp_path / "list.json").write_text(json.dumps(lists))

@@ -18,10 +18,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from grading import FUSION, TINY_FUSION
 from monai.bundle import ConfigWorkflow
 
 import scripts.fusion
+from grading import FUSION, TINY_FUSION
 from scripts.fusion import FuseModalitiesd, FusionBundle, own_scripts, to_eight_bit
 
 FILES = ("glioma_100", "HGG")
@@ -163,7 +163,9 @@ class TestMistakes:
             FuseModalitiesd(bundle=FUSION, system="clinicalfmamba")
         overrides = {"network_def#strides": [2, 2, 2], **TINY_FUSION}
         named = FuseModalitiesd(**settings | {"overrides": overrides}, system="clinicalfmamba")({"image": files})
-        assert torch.equal(named["image"].as_tensor(), FuseModalitiesd(**settings)({"image": files})["image"].as_tensor())
+        assert torch.equal(
+            named["image"].as_tensor(), FuseModalitiesd(**settings)({"image": files})["image"].as_tensor()
+        )
         # a config of the fusion bundle by its name
         shutil.copytree(FUSION, tmp_path / "fusion", ignore=shutil.ignore_patterns("models"))
         (tmp_path / "fusion" / "configs" / "other.json").write_text('{"upper_percentile": 90}')

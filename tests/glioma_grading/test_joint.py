@@ -14,15 +14,17 @@ import json
 
 import pytest
 import torch
-from grading import COMMON, FUSION, TINY_FUSION, TRAIN, TRAIN_3D, run, workflow
 
 from custom_nets.nets import ClinicalFMambaClassifier, build_network
+from grading import COMMON, FUSION, TINY_FUSION, TRAIN, TRAIN_3D, run, workflow
 from scripts.fusion import FusionBundle
 from scripts.joint import JointLoss, JointNetwork, load_encoder, load_parts
 
 TINY = {"channels": [8, 8, 16], "latent_depth": 1}
 JOINT = {f"network_def#fusion#{key}": value for key, value in TINY.items()}
-JOINT |= {f"network_def#grader#{key}": value for key, value in {"block_inplanes": [8, 8, 8, 8], "conv1_t_size": 3}.items()}
+JOINT |= {
+    f"network_def#grader#{key}": value for key, value in {"block_inplanes": [8, 8, 8, 8], "conv1_t_size": 3}.items()
+}
 MAMBA = {f"network_def#{key}": value for key, value in TINY.items()}
 
 

@@ -130,13 +130,23 @@ def test_flags():
     ranges = {"area": [100, 200], "first_p50": [0.4, 0.6]}
     usual = {"blank": 0, "identical": 0, "area": 220, "first_p50": 0.36}
     assert find_flags(usual, ranges) == []
-    assert find_flags(usual | {"area": 230}, ranges)[0].startswith("unusual field of view: area 230, in training 100 to")
+    assert find_flags(usual | {"area": 230}, ranges)[0].startswith(
+        "unusual field of view: area 230, in training 100 to"
+    )
     assert find_flags(usual | {"first_p50": 0.2}, ranges)[0].startswith("unusual intensities: first_p50 0.2")
     assert find_flags({"blank": 0, "identical": 0, "area": 150, "fused_p50": 9}, ranges) == [], "not of the pair"
     assert find_flags(usual | {"blank": 1}, ranges) == ["an image is empty: a modality is missing"]
 
 
 def test_predictions_are_read_as_written(tmp_path):
-    record = {"fold": 2, "case": "a,b", "subject": "a", "label": 1, "probability": 1 / 3, "threshold": 0.5, "slices": "brain"}
+    record = {
+        "fold": 2,
+        "case": "a,b",
+        "subject": "a",
+        "label": 1,
+        "probability": 1 / 3,
+        "threshold": 0.5,
+        "slices": "brain",
+    }
     write_predictions(tmp_path / "p.csv", [record])
     assert read_predictions(tmp_path / "p.csv") == [record]

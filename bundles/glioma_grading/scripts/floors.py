@@ -29,7 +29,7 @@ from scripts.slices import MatchIntensityd
 from scripts.sources import LoadSourced
 from scripts.transforms import LoadPair
 
-__all__ = ["FLOORS", "acquisition", "cross_validate", "joint_histogram"]
+__all__ = ["acquisition", "cross_validate", "joint_histogram"]
 
 BINS = 16
 Measure = Callable[[Mapping[str, Any]], np.ndarray]
@@ -51,11 +51,11 @@ def joint_histogram(intensity_matching: str = "none") -> Measure:
     return measure
 
 
-def acquisition(intensity_matching: str = "none") -> Measure:
+def acquisition() -> Measure:
     """
-    Measure of a case, `(7,)`: what scanner and protocol leave in an image besides the tumour. The field of view (largest
-    section and extent of the brain), the intensity scale (median of the raw brain in T2 and in FLAIR), and where the
-    slices lie (position of the first one along the axis). ``intensity_matching`` leaves these as they are.
+    Measure of a case, `(7,)`: what scanner and protocol leave in an image besides the tumour. The field of view
+    (largest section and extent of the brain), the intensity scale (median of the raw brain in T2 and in FLAIR), and
+    where the slices lie (position of the first one along the axis).
     """
     load = LoadPair()
 
@@ -70,11 +70,11 @@ def acquisition(intensity_matching: str = "none") -> Measure:
     return measure
 
 
-FLOORS = {"joint histogram": joint_histogram, "acquisition": acquisition}
-
-
 def cross_validate(
-    features: Mapping[str, np.ndarray], folds: Sequence[Mapping[str, Sequence[str]]], labels: Mapping[str, int], seed: int
+    features: Mapping[str, np.ndarray],
+    folds: Sequence[Mapping[str, Sequence[str]]],
+    labels: Mapping[str, int],
+    seed: int,
 ) -> list[dict[str, Any]]:
     """
     Out-of-fold predictions of a random forest, threshold chosen on each fold's validation cases as for a network.

@@ -35,7 +35,15 @@ from tqdm import tqdm
 from custom_nets.nets import network_names
 from scripts.data import replacing, stem
 
-__all__ = ["FuseModalitiesd", "FusionBundle", "content_digest", "own_scripts", "read_weights", "system_settings", "to_eight_bit"]
+__all__ = [
+    "FuseModalitiesd",
+    "FusionBundle",
+    "content_digest",
+    "own_scripts",
+    "read_weights",
+    "system_settings",
+    "to_eight_bit",
+]
 
 # what needs no fusion network
 PLAIN_SOURCES = ("t2", "flair", "t2_flair", "average", "maximum", "fused_files")

@@ -205,5 +205,5 @@ class SaliencySaver:
 
 
 def _upright(picture: torch.Tensor) -> np.ndarray:
-    """A slice ``(x, y)`` with axes to the right and to the front, as radiologists see it: front up, right at the left."""
+    """A slice ``(x, y)``, axes to the right and to the front, as radiologists see it: front up, right at the left."""
     return picture.flip(0, 1).T.numpy()

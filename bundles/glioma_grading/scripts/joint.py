@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Fusion and grading as one network, trained end to end, and what a grading network takes over from a fusion network."""
+"""Fusion and grading as one network, trained end to end; what a grading network takes over from a fusion network."""
 
 from __future__ import annotations
 
@@ -69,9 +69,7 @@ class JointLoss(_Loss):
         self.grading_loss = grading_loss
         self.fusion_weight = fusion_weight
 
-    def forward(
-        self, input: tuple[torch.Tensor, torch.Tensor, torch.Tensor], target: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, input: tuple[torch.Tensor, torch.Tensor, torch.Tensor], target: torch.Tensor) -> torch.Tensor:
         """
         Args:
             input: what `JointNetwork` gives in training.

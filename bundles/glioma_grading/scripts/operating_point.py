@@ -61,7 +61,7 @@ def update_operating_point(path: str | os.PathLike, content: Mapping[str, Any]) 
 
 
 def add_training_ranges(path: str | os.PathLike, cases: Sequence[Mapping], fused_files: bool = False) -> None:
-    """Add ``ranges`` of the images trained on (:func:`scripts.quality.training_ranges`) to the JSON file at ``path``."""
+    """Add ``ranges`` of the images trained on (`scripts.quality.training_ranges`) to the JSON file at ``path``."""
     update_operating_point(path, {"ranges": training_ranges(cases, fused_files)})
 
 
@@ -89,7 +89,7 @@ def read_operating_point(
         files = name == "source" and "fused_files" in (sources := {value, point.get(name)}) and not sources & PAIR
         if point.get(name, value) != value and not files:
             raise ValueError(
-                f"The weights beside {path} were trained with {name} '{point[name]}', not '{value}': set {name}, or name"
-                " other weights as checkpoint."
+                f"The weights beside {path} were trained with {name} '{point[name]}', not '{value}': set {name}, or"
+                " name other weights as checkpoint."
             )
     return {"ranges": {}, **point, **({} if threshold is None else {"threshold": float(threshold)})}

@@ -78,9 +78,7 @@ class DescribeInputd(MapTransform):
         quality_key: where to put the measures.
     """
 
-    def __init__(
-        self, keys: KeysCollection = "image", fused_files: bool = False, quality_key: str = "quality"
-    ) -> None:
+    def __init__(self, keys: KeysCollection = "image", fused_files: bool = False, quality_key: str = "quality") -> None:
         super().__init__(keys)
         self.fused_files = fused_files
         self.quality_key = quality_key
@@ -109,8 +107,8 @@ def training_ranges(cases: Sequence[Mapping], fused_files: bool = False) -> dict
 def find_flags(measures: Mapping[str, float], ranges: Mapping[str, Sequence[float]]) -> list[str]:
     """
     What is unusual about an input, in words: a modality that is missing, and every measure that is outside of the range
-    seen in training, widened by a quarter on both sides. Of a fused file, its field of view can be compared with that of
-    the pairs that a network was trained on, its intensities can not.
+    seen in training, widened by a quarter on both sides. Of a fused file, the field of view can be compared with that
+    of the pairs that a network was trained on, the intensities can not.
     """
     missing = [sentence for name, sentence in SENTENCES.items() if measures[name]]
     if missing:
