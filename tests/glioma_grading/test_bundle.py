@@ -374,5 +374,8 @@ class TestFiles:
         ):
             assert (BUNDLE / file).is_file()
         assert os.readlink(BUNDLE / "custom_nets") == "../../custom_nets"
+        # what both bundles need is written once, in the fusion bundle; copied with links followed, each stands alone
+        links = [path for path in (BUNDLE / "scripts").iterdir() if path.is_symlink()]
+        assert links and all(path.resolve() == FUSION / "scripts" / path.name and path.is_file() for path in links)
         assert "not for clinical use" in (BUNDLE / "docs" / "README.md").read_text().lower()
         assert all(path.stat().st_size < 25e6 for path in BUNDLE.rglob("*") if path.is_file()), "the zoo's limit"

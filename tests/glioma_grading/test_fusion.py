@@ -170,4 +170,10 @@ class TestMistakes:
         shutil.copytree(FUSION, tmp_path / "fusion", ignore=shutil.ignore_patterns("models"))
         (tmp_path / "fusion" / "configs" / "other.json").write_text('{"upper_percentile": 90}')
         fuse = FuseModalitiesd(**settings | {"bundle": tmp_path / "fusion"}, system="other")
+        (tmp_path / "fusion" / "configs" / "baselines").mkdir(exist_ok=True)
+        (tmp_path / "fusion" / "configs" / "baselines" / "rival.json").write_text('{"upper_percentile": 80}')
+        rival = FuseModalitiesd(**settings | {"bundle": tmp_path / "fusion"}, system="rival")
+        assert rival.fusion.part("upper_percentile") == 80
+        with pytest.raises(ValueError, match="source 'rival' is a network without weights of its own"):
+            FuseModalitiesd(bundle=tmp_path / "fusion", system="rival")
         assert fuse.fusion.part("upper_percentile") == 90 and fuse.digest != FuseModalitiesd(**settings).digest

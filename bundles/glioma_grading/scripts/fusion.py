@@ -16,6 +16,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import sys
 import threading
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -163,33 +164,41 @@ class FusionBundle:
 
     def digest(self) -> str:
         """SHA-256 of the weights and of all in the configs that decides what a fused image looks like."""
-        config = json.dumps([self.parser.get(name) for name in CONFIG_IDS], sort_keys=True, default=str)
-        values = [self.parser.get(name) for name in ("strides", "roi_size", "lower_percentile", "upper_percentile")]
-        text = config + json.dumps(values) + content_digest(self.weights)
+        found: dict[str, str] = {}
+        names = list(CONFIG_IDS)
+        while names:
+            name = names.pop()
+            # where and on what it runs is not part of the image
+            if name not in found and name not in ("bundle_root", "device") and name in self.parser:
+                found[name] = json.dumps(self.parser.get(name), sort_keys=True)
+                names += re.findall(r"@(\w+)", found[name])
+        text = json.dumps(found, sort_keys=True) + content_digest(self.weights)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def system_settings(bundle: str | os.PathLike, system: str, weights: str | os.PathLike | None) -> dict[str, Any]:
+def system_settings(bundle: Path, system: str, weights: str | os.PathLike | None) -> dict[str, Any]:
     """
     What `FusionBundle` needs, beyond its other settings, for the fused image of one system: of ``"fused"``, the
-    bundle's own network, nothing; of a ``configs/<system>.json`` in the bundle, that config; of a network in the
-    registry of `custom_nets`, its name in ``network_def``.
+    bundle's own network, nothing; of a ``configs/<system>.json`` or ``configs/baselines/<system>.json`` in the bundle,
+    that config; of another network in the registry of `custom_nets`, its name in ``network_def``.
 
     Raises:
-        ValueError: when there is no such system, or a network of the registry has no ``weights``.
+        ValueError: when there is no such system, or neither a config names its weights nor ``weights`` does.
     """
     if system == "fused":
         return {}
-    config = f"configs/{system}.json"
-    if (Path(bundle) / config).is_file():
-        return {"configs": [config]}
-    if system not in network_names():
+    config = next(
+        (c for c in (f"configs/{system}.json", f"configs/baselines/{system}.json") if (bundle / c).is_file()), ""
+    )
+    if not config and system not in network_names():
         raise ValueError(
             f"source '{system}' is none of {', '.join(PLAIN_SOURCES)}, fused, a config of the fusion bundle or a"
             f" registered network ({', '.join(network_names())})."
         )
-    if weights is None:
+    if weights is None and "checkpoint" not in (ConfigParser.load_config_file(bundle / config) if config else {}):
         raise ValueError(f"source '{system}' is a network without weights of its own: name them as fusion_weights.")
+    if config:
+        return {"configs": [config]}
     network = {"_target_": "custom_nets.nets.build_network", "name": system, "spatial_dims": "@spatial_dims"}
     return {"overrides": {"network_def": network}}
 
@@ -230,13 +239,14 @@ class FuseModalitiesd(MapTransform):
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        added = system_settings(bundle, system, weights)
+        added = system_settings(Path(bundle), system, weights)
         configs = [*configs, *added.get("configs", ())]
         overrides = {**added.get("overrides", {}), **(overrides or {})}
         self.fusion = FusionBundle(bundle, configs, weights, overrides, device)
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.slice_batch = slice_batch
         self.digest = self.fusion.digest()
+        self.weights_digest = content_digest(self.fusion.weights)
         self._arguments = (keys, bundle, configs, weights, overrides, str(device), cache_dir, "fused", slice_batch)
         self._lock = threading.Lock()
         self._network: torch.nn.Module | None = None

@@ -55,7 +55,7 @@ class GradeWriter:
         operating_point: ``threshold`` and ``ranges`` of the training images, as training has written them.
         weights: file of the network's weights.
         margin: distance from the threshold up to which a probability is unsure.
-        fusion: digest of the fusion network in use, None without one.
+        fusion: digest of the weights of the fusion network in use, None without one.
     """
 
     def __init__(
