@@ -12,6 +12,7 @@
 from custom_nets.nets.clinicalfmamba import ClinicalFMamba
 from custom_nets.nets.ehdran import EHDRAN
 from custom_nets.nets.mactfusion import MACTFusion
+from custom_nets.nets.mamba_classifier import ClinicalFMambaClassifier
 from custom_nets.nets.mambadfuse import MambaDFuse
 from custom_nets.nets.mrscfusion import MRSCFusion
 from custom_nets.nets.msdra import MSDRA
@@ -25,6 +26,7 @@ from custom_nets.nets.two_stage import TwoStageNetwork
 __all__ = [
     "Average",
     "ClinicalFMamba",
+    "ClinicalFMambaClassifier",
     "EHDRAN",
     "MACTFusion",
     "MRSCFusion",
