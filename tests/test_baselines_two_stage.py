@@ -307,7 +307,7 @@ class TestConfigs:
 
     @pytest.fixture(scope="class")
     def data(self, tmp_path_factory):
-        """Generated slices and volumes, with their data lists: two pairs to train on, one to validate, one to test."""
+        """Generated slices and volumes, with data lists: two pairs to train on, one to validate, one to test."""
         data = {}
         for dims, kind, count, shape in ((2, "slices", 2, (32, 24)), (3, "volumes", 4, (12, 14, 13))):
             folder = tmp_path_factory.mktemp(kind)
@@ -334,12 +334,8 @@ class TestConfigs:
         configs = [f"baselines/{name}", *(["volume"] if dims == 3 else [])]
         checkpoint = {}
         if name not in RULES:
-            small = {
-                "crop_size": [16, 16] if dims == 2 else [12, 12, 12],
-                "batch_size": 2,
-                "max_epochs": 1,
-                "val_interval": 1,
-            }
+            crop_size = [16, 16] if dims == 2 else [12, 12, 12]
+            small = {"crop_size": crop_size, "batch_size": 2, "max_epochs": 1, "val_interval": 1}
             flow = self.run("train", *configs, output_dir=str(tmp_path / "run"), **small, **data[dims])
             assert flow.check_properties() == []
             assert np.isfinite(flow.parser.get_parsed_content("train#trainer").state.output[0]["loss"])

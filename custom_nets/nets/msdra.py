@@ -25,7 +25,7 @@ __all__ = ["MSDRA"]
 
 class DoubleBranchBlock(nn.Module):
     """Residual attention over two branches: convolutions of falling size one after the other, and three residual steps
-    of one shared convolution. All batch norms share their scale and shift.
+    of one shared convolution. One batch norm serves all of them, with statistics of their own.
 
     Args:
         spatial_dims: 2 or 3.
