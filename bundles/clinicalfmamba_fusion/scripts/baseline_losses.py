@@ -20,47 +20,32 @@ import torch
 import torch.nn.functional as F
 
 from scripts.losses import FusionGradientLoss, FusionLoss
-from scripts.ssim import ssim
+from scripts.ssim import scale_terms
 
 __all__ = ["MACTFusionLoss", "MRSCFusionLoss", "ms_ssim"]
 
 
-def ms_ssim(fused: torch.Tensor, sources: torch.Tensor, window_size: int = 11) -> torch.Tensor:
+def ms_ssim(fused: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
     """
     Multi-scale structural similarity of a fused image to each of its sources (Wang et al., Asilomar 2003),
     differentiable, in float32.
 
-    From scale to scale those sides are halved that stay at least as long as the window. Where fewer than the five
-    scales fit, the exponents of the last ones are left out and the others scaled to sum to one. The power of a
-    negative score is not defined; so that a network that begins with inverted contrast learns to turn it, the
-    logarithms of the scores, and the exponential of their sum, are continued as straight lines below 0.05.
+    The power of a negative score is not defined; so that a network that begins with inverted contrast learns to turn
+    it, the logarithms of the scores, and the exponential of their sum, are continued as straight lines below 0.05.
+    Above, it is `scripts.ssim.multi_scale_ssim`.
 
     Args:
         fused: `(B, 1, H, W[, D])`.
         sources: `(B, S, H, W[, D])`.
-        window_size: odd width of the Gaussian window in pixels.
 
     Returns:
         `(B, S)`, at most 1.
     """
-    exponents = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
-    pool = {4: F.avg_pool2d, 5: F.avg_pool3d}[fused.ndim]
-    fused, sources = fused.float(), sources.float()
-    scores = []
-    for scale in range(len(exponents)):
-        stride = [2 if side // 2 >= window_size else 1 for side in fused.shape[2:]]
-        coarsest = scale == len(exponents) - 1 or max(stride) == 1
-        # a luminance term with so large a constant is 1, which leaves the contrast and structure terms
-        scores.append(ssim(fused, sources, window_size, k1=0.01 if coarsest else 1e4))
-        if coarsest:
-            break
-        fused, sources = pool(fused, stride), pool(sources, stride)
-    total = sum(exponents[: len(scores)])
     start = 0.05
-    logarithm = torch.zeros_like(scores[0])
-    for score, exponent in zip(scores, exponents):
+    logarithm = torch.zeros(sources.shape[:2], device=sources.device)
+    for score, exponent in zip(*scale_terms(fused, sources)):
         upper = score.clamp_min(start)
-        logarithm = logarithm + exponent / total * (upper.log() + (score - upper) / start)
+        logarithm = logarithm + exponent * (upper.log() + (score - upper) / start)
     upper = logarithm.clamp_min(math.log(start))
     return upper.exp() + start * (logarithm - upper)
 

@@ -17,10 +17,12 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-__all__ = ["gaussian_blur", "multi_scale_ssim", "ssim"]
+__all__ = ["gaussian_blur", "multi_scale_ssim", "scale_terms", "ssim"]
 
 # A CPU computes a volume several times as fast in blocks: the memory of one is still there for the next.
 BLOCK_VOXELS = 2**19
+# of the five scales, the finest first (Wang et al., 2003)
+SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
 
 def gaussian_blur(x: torch.Tensor, window_size: int, sigma: float) -> torch.Tensor:
@@ -85,7 +87,7 @@ def ssim(
 def multi_scale_ssim(
     fused: torch.Tensor,
     sources: torch.Tensor,
-    weights: Sequence[float] = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333),
+    weights: Sequence[float] = SCALE_WEIGHTS,
     window_size: int = 11,
     sigma: float = 1.5,
     data_range: float = 1.0,
@@ -110,6 +112,21 @@ def multi_scale_ssim(
     Returns:
         `(B, S)`, in [0, 1].
     """
+    terms, exponents = scale_terms(fused, sources, weights, window_size, sigma, data_range, k1, k2)
+    return torch.stack([term.clamp_min(0) ** exponent for term, exponent in zip(terms, exponents)]).prod(dim=0)
+
+
+def scale_terms(
+    fused: torch.Tensor,
+    sources: torch.Tensor,
+    weights: Sequence[float] = SCALE_WEIGHTS,
+    window_size: int = 11,
+    sigma: float = 1.5,
+    data_range: float = 1.0,
+    k1: float = 0.01,
+    k2: float = 0.03,
+) -> tuple[list[torch.Tensor], list[float]]:
+    """Terms of the scales that `multi_scale_ssim` multiplies, `(B, S)` each, in [-1, 1], and their exponents."""
     pool = {4: F.avg_pool2d, 5: F.avg_pool3d}[fused.ndim]
     terms = []
     while True:
@@ -121,7 +138,7 @@ def multi_scale_ssim(
         fused, sources = pool(fused.float(), halving), pool(sources.float(), halving)
     terms[-1] = similarity
     used = weights[: len(terms)]
-    return torch.stack([term.clamp_min(0) ** (w / sum(used)) for term, w in zip(terms, used)]).prod(dim=0)
+    return terms, [weight / sum(used) for weight in used]
 
 
 def _mean_similarity(
