@@ -37,7 +37,7 @@ constexpr int LANES = 4;
 constexpr int GROUP = 8;  // states in registers at once
 
 typedef float Vec __attribute__((vector_size(4 * LANES)));
-typedef int32_t Bits __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
 
 enum Type : int64_t { FLOAT32, BFLOAT16, FLOAT16 };
 
