@@ -27,6 +27,7 @@ from monai.utils import MetaKeys, SpaceKeys
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 
+from scripts.data import EXTENSIONS
 from scripts.suv import SUV_KEYWORDS, suv_factor
 
 __all__ = ["DicomSeries", "DicomSeriesReader", "dicom_files", "find_series", "is_dicom", "read_header", "read_pixels", "select_series"]
@@ -115,14 +116,15 @@ def is_dicom(path: str | os.PathLike) -> bool:
 
 
 def dicom_files(path: str | os.PathLike) -> Iterator[Path]:
-    """The DICOM files at ``path`` or below it, in the order of their names; hidden ones and DICOMDIR are left out."""
+    """The DICOM files at ``path`` or below it by name, without hidden ones, DICOMDIR and what has another extension."""
     path = Path(path)
     walk: Any = [(path.parent, [], [path.name])] if path.is_file() else os.walk(path)
     for folder, subfolders, names in walk:
         subfolders.sort()
         for name in sorted(names):
             file = Path(folder) / name
-            if not name.startswith(".") and name.upper() != "DICOMDIR" and _has_preamble(file):
+            other = name.startswith(".") or name.upper() == "DICOMDIR" or name.lower().endswith(EXTENSIONS)
+            if not other and _has_preamble(file):
                 yield file
 
 

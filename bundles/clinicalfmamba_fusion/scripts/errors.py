@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 from types import TracebackType
 
-__all__ = ["show_cause_last"]
+__all__ = ["cause_of", "show_cause_last"]
 
 # how the exceptions begin that MONAI's config parser and transforms put around one
 WRAPPERS = ("Failed to instantiate", "Failed to evaluate", "applying transform")
@@ -32,12 +32,12 @@ def show_cause_last() -> None:
 
 def _print_exception(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     sys.__excepthook__(kind, error, traceback)
-    cause = _cause(error)
+    cause = cause_of(error)
     if cause is not error:
         print(f"\n{type(cause).__name__}: {cause}", file=sys.stderr)
 
 
-def _cause(error: BaseException) -> BaseException:
+def cause_of(error: BaseException) -> BaseException:
     """The first exception of a chain that MONAI did not put there."""
     while error.__cause__ is not None and str(error).startswith(WRAPPERS):
         error = error.__cause__

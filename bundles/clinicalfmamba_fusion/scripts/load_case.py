@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor, affine_to_spacing
-from monai.transforms import EnsureChannelFirst
+from monai.transforms import EnsureChannelFirst, Transform
 
 from scripts.data import PICTURES, stem
 from scripts.dicom_series import DicomSeries, is_dicom, read_pixels, select_series
@@ -29,7 +30,7 @@ from scripts.match_grid import MatchGrid
 from scripts.registration import Alignment, save_transform
 from scripts.transforms import LoadPair, LoadPaird, refuse_unequal_shapes
 
-__all__ = ["LoadCase", "LoadCased"]
+__all__ = ["LoadCase", "LoadCased", "PackNotesd", "UnpackNotesd"]
 
 INFO, ALIGNMENT, SOURCES = "fusion_info", "alignment", "sources"
 
@@ -187,6 +188,23 @@ class LoadCased(LoadPaird):
             "overlap": list(alignment.overlap),
             "transform_file": name if self.output_dir is not None else None,
         }
+
+
+class PackNotesd(Transform):
+    """
+    Turn what :class:`LoadCased` has noted into JSON text: collating takes neither ``None`` nor empty lists, and would
+    make tensors of numbers. :class:`UnpackNotesd` is the way back, as the first step of postprocessing.
+    """
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        return {**data, **{key: json.dumps(data[key]) for key in (INFO, SOURCES) if key in data}}
+
+
+class UnpackNotesd(Transform):
+    """See :class:`PackNotesd`; items without notes stay as they are."""
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        return {**data, **{key: json.loads(data[key]) for key in (INFO, SOURCES) if key in data}}
 
 
 def _info(names: Sequence[str], images: Sequence[MetaTensor], warnings: list[str]) -> dict[str, Any]:
