@@ -37,7 +37,7 @@ KEYWORDS = (
     *("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID", "PatientID"),
     *("Modality", "SeriesNumber", "SeriesDescription", "InstanceNumber", "ImageType", "EchoTime", "NumberOfFrames"),
     *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness", "SpacingBetweenSlices"),
-    *("Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "RescaleType"),
+    *("Rows", "Columns", "SamplesPerPixel", "RescaleType"),
     *SUV_KEYWORDS,
 )
 # how far a slice may lie from where even steps put it, as a share of the step
@@ -205,7 +205,7 @@ def select_series(path: str | os.PathLike, wanted: str | int | None = None) -> D
 
 def read_pixels(series: DicomSeries) -> tuple[np.ndarray, dict]:
     """
-    Read a series with ITK (GDCM), which also decodes compressed transfer syntaxes. Every slice is scaled by its own
+    Read a series with ITK (GDCM), which decodes compressed transfer syntaxes and inverts MONOCHROME1. Every slice is scaled by its own
     rescale slope and intercept; positron emission tomography becomes SUV where the header allows (see `suv_factor`).
 
     Returns:
@@ -225,8 +225,6 @@ def read_pixels(series: DicomSeries) -> tuple[np.ndarray, dict]:
     array, itk_meta = ITKReader().get_data(image)
     affine = itk_meta[MetaKeys.AFFINE] if "NumberOfFrames" in series.header else series.affine
     array = np.ascontiguousarray(array, dtype=np.float32)
-    if series.header.get("PhotometricInterpretation") == "MONOCHROME1":
-        array = array.max() + array.min() - array
     units = "HU" if series.modality == "CT" and series.header.get("RescaleType", "HU") == "HU" else ""
     factor = suv_factor(series.header)
     if factor is not None:

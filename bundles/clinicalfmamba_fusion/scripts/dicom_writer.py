@@ -67,8 +67,15 @@ ACQUISITION: dict[str, dict[str, Any]] = {
         "RepetitionTime": None,
         "EchoTime": None,
         "EchoTrainLength": None,
+        "PatientPosition": "",
     },
-    CTImageStorage: {"KVP": None, "AcquisitionNumber": None, "RescaleIntercept": 0, "RescaleSlope": 1},
+    CTImageStorage: {
+        "KVP": None,
+        "AcquisitionNumber": None,
+        "PatientPosition": "",
+        "RescaleIntercept": 0,
+        "RescaleSlope": 1,
+    },
     SecondaryCaptureImageStorage: {"ConversionType": "WSD", "PatientOrientation": ""},
 }
 IMAGE_TYPES = {MRImageStorage: ["OTHER"], CTImageStorage: ["AXIAL"], SecondaryCaptureImageStorage: []}
@@ -194,8 +201,9 @@ def _common(reference: Dataset, second: Sequence[Dataset], channels: int, versio
     if "FrameOfReferenceUID" in reference:
         common.FrameOfReferenceUID = reference.FrameOfReferenceUID
         common.PositionReferenceIndicator = reference.get("PositionReferenceIndicator", "")
-    common.Laterality = reference.get("Laterality", "")
-    common.update(_copy(reference, ("PatientPosition", "BodyPartExamined")))
+    common.update(_copy(reference, ("BodyPartExamined", "Laterality")))
+    # what is fused here are heads; without a body part the standard asks for its side
+    common.BodyPartExamined = common.get("BodyPartExamined") or "HEAD"
     lossy = next((h for h in (reference, *second) if h.get("LossyImageCompression") == "01"), None)
     common.LossyImageCompression = "00" if lossy is None else "01"
     if lossy is not None:

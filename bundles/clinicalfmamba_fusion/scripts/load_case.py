@@ -44,7 +44,7 @@ class LoadCase(LoadPair):
     ``meta["sources"]`` (for each input its DICOM files in order, empty for other files).
 
     Args:
-        spatial_dims: dimensions that both must have; 2 takes a volume of one slice, too.
+        spatial_dims: dimensions that both must have; a volume of one slice has two.
         series: how to choose one series of the first and of the second input, see `select_series`.
         resample: see `MatchGrid`.
         registration: see `MatchGrid`.
@@ -116,9 +116,9 @@ class LoadCase(LoadPair):
         return image
 
     def _in_dimensions(self, image: MetaTensor, file: Path) -> MetaTensor:
+        if image.shape[-1] == 1 and image.ndim == 4:
+            image = MetaTensor(image.as_tensor()[..., 0], meta=image.meta)
         shape = tuple(image.shape[1:])
-        if self.spatial_dims == 2 and len(shape) == 3 and shape[2] == 1:
-            return MetaTensor(image.as_tensor()[..., 0], affine=image.affine, meta=image.meta)
         if len(shape) != self.spatial_dims:
             kind, remedy = ("a volume", "add configs/volume.json as the last config")
             if len(shape) == 2:
