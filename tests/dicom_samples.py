@@ -17,8 +17,15 @@ from typing import Any
 
 import numpy as np
 import pydicom
-from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage, SecondaryCaptureImageStorage, UID
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.uid import (
+    UID,
+    CTImageStorage,
+    EnhancedMRImageStorage,
+    ExplicitVRLittleEndian,
+    MRImageStorage,
+    SecondaryCaptureImageStorage,
+)
 
 PETImageStorage = UID("1.2.840.10008.5.1.4.1.1.128")
 CLASSES = {"MR": MRImageStorage, "CT": CTImageStorage, "PT": PETImageStorage, "OT": SecondaryCaptureImageStorage}
@@ -112,3 +119,31 @@ def write_series(
         form = {"write_like_original": False} if major < 3 else {"enforce_file_format": True}
         pydicom.dcmwrite(folder / f"IM{names[index]:04d}", image, **form)
     return affine
+
+
+def write_enhanced(file: Path, volume: np.ndarray, affine: np.ndarray) -> None:
+    """Write ``volume`` ``(X, Y, Z)`` as one multi-frame MR image at ``affine`` (LPS)."""
+    write_series(file.parent, volume[:, :, :1], affine=affine, SliceThickness=None)
+    (single,) = file.parent.iterdir()
+    image = pydicom.dcmread(single)
+    single.unlink()
+    image.file_meta.MediaStorageSOPClassUID = image.SOPClassUID = EnhancedMRImageStorage
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    shared, measures, orientation = Dataset(), Dataset(), Dataset()
+    measures.PixelSpacing, measures.SliceThickness = image.PixelSpacing, f"{spacing[2]:.8f}"
+    measures.SpacingBetweenSlices = measures.SliceThickness
+    orientation.ImageOrientationPatient = image.ImageOrientationPatient
+    shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = [measures], [orientation]
+    image.SharedFunctionalGroupsSequence = [shared]
+    frames = []
+    for index in range(volume.shape[2]):
+        frame, position = Dataset(), Dataset()
+        position.ImagePositionPatient = [f"{v:.10f}" for v in affine[:3, 3] + index * affine[:3, 2]]
+        frame.PlanePositionSequence = [position]
+        frames.append(frame)
+    image.PerFrameFunctionalGroupsSequence = frames
+    for keyword in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"):
+        delattr(image, keyword)
+    image.NumberOfFrames = volume.shape[2]
+    image.PixelData = np.ascontiguousarray(volume.transpose(2, 1, 0)).tobytes()
+    image.save_as(file)

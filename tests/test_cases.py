@@ -116,7 +116,9 @@ def write_volumes(folder: Path, *cases: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for case in cases:
         for name in ("t2", "flair"):
-            image = nib.Nifti1Image(np.random.RandomState(len(name)).rand(*SHAPE).astype(np.float32), np.diag([2, 2, 2, 1]))
+            image = nib.Nifti1Image(
+                np.random.RandomState(len(name)).rand(*SHAPE).astype(np.float32), np.diag([2, 2, 2, 1])
+            )
             nib.save(image, folder / f"{case}_{name}.nii.gz")
 
 
@@ -181,7 +183,9 @@ def test_folders_of_dicom_files(tmp_path: Path) -> None:
         [str(tmp_path / name / folder) for folder in ("T2", "FLAIR")] for name in ("Meier", "Schmidt")
     ]
     assert len({case["case"] for case in cases}) == 2
-    assert not any(name in case["case"] + case["subject"] + case["task"] for case in cases for name in ("Meier", "Schmidt"))
+    assert not any(
+        name in case["case"] + case["subject"] + case["task"] for case in cases for name in ("Meier", "Schmidt")
+    )
     # studies that hold all series, told apart by their description
     studies = find_cases(tmp_path, ["MRI", "CT"], series=("t2", "flair"))
     assert [case["image"] for case in studies] == [[str(tmp_path / name)] * 2 for name in ("Meier", "Schmidt")]

@@ -20,13 +20,14 @@ import numpy as np
 import pydicom
 import pytest
 import torch
-from dicom_samples import IDENTITY, affine_lps, write_series
+from dicom_samples import IDENTITY, OBLIQUE, affine_lps, write_enhanced, write_series
 from monai.data import MetaTensor
 from monai.transforms import LoadImage
 from pydicom.uid import CTImageStorage, MRImageStorage, SecondaryCaptureImageStorage
 
 from scripts.dicom_series import read_pixels, select_series
-from scripts.dicom_writer import SaveDicomSeriesd, derive_series, write_series as write_derived
+from scripts.dicom_writer import SaveDicomSeriesd, derive_series
+from scripts.dicom_writer import write_series as write_derived
 from scripts.load_case import LoadCased
 
 SHAPE = (16, 20, 6)
@@ -129,6 +130,21 @@ def test_a_single_slice_and_files_without_a_header(tmp_path: Path) -> None:
     item = LoadCased()({"image": [tmp_path / "x.nii", tmp_path / "y.nii"], "case": "n"})
     SaveDicomSeriesd(keys="image", output_dir=tmp_path / "none")(item)
     assert not (tmp_path / "none").exists()
+
+
+def test_a_multi_frame_input(tmp_path: Path) -> None:
+    affine = affine_lps((0.9, 1.1, 3.0), (-20, 30, 40.5), OBLIQUE)
+    volume = np.random.RandomState(0).randint(0, 900, SHAPE).astype(np.uint16)
+    write_enhanced(tmp_path / "a" / "enhanced", volume, affine)
+    item = LoadCased()({"image": [tmp_path / "a"] * 2, "case": "c"})
+    np.testing.assert_array_equal(item["image"][0], volume)
+    np.testing.assert_allclose(item["image"].affine, np.diag([-1, -1, 1, 1]) @ affine, atol=1e-5)
+    item["pred"] = item["image"][:1] / 900
+    SaveDicomSeriesd(output_dir=tmp_path / "out")(item)
+    derived = select_series(tmp_path / "out" / "c" / "c_dicom")
+    assert derived.header.SOPClassUID == SecondaryCaptureImageStorage and derived.slices == SHAPE[2]
+    np.testing.assert_allclose(derived.affine, item["image"].affine, atol=1e-5)
+    np.testing.assert_allclose(read_pixels(derived)[0] / 4095, volume / 900, atol=1e-3)
 
 
 def test_another_grid_is_refused(tmp_path: Path) -> None:

@@ -27,7 +27,12 @@ def pet_header(**changes: object) -> Dataset:
     injection.RadionuclideHalfLife = 6586.2
     injection.RadiopharmaceuticalStartTime = "090000"
     header = Dataset()
-    header.Modality, header.Units, header.CorrectedImage, header.DecayCorrection = "PT", "BQML", ["ATTN", "DECY"], "START"
+    header.Modality, header.Units, header.CorrectedImage, header.DecayCorrection = (
+        "PT",
+        "BQML",
+        ["ATTN", "DECY"],
+        "START",
+    )
     header.PatientWeight = 70
     header.SeriesDate = header.AcquisitionDate = "20200131"
     header.SeriesTime = header.AcquisitionTime = "100000.00"
@@ -50,10 +55,7 @@ EXPECTED = 70_000 / (370e6 * 0.5 ** (3600 / 6586.2))
         ({"SeriesTime": "200000"}, EXPECTED),
         ({"RadiopharmaceuticalStartDateTime": "20200131090000"}, EXPECTED),
         # injected half an hour before midnight, scanned half an hour after
-        (
-            {"SeriesTime": "003000", "AcquisitionTime": "003000", "RadiopharmaceuticalStartTime": "233000"},
-            EXPECTED,
-        ),
+        ({"SeriesTime": "003000", "AcquisitionTime": "003000", "RadiopharmaceuticalStartTime": "233000"}, EXPECTED),
     ],
 )
 def test_suv(changes: dict, expected: float) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import itk
 import nibabel as nib
 import numpy as np
 import pytest
@@ -21,9 +22,9 @@ from dicom_samples import IDENTITY, affine_lps, write_series
 from monai.data import MetaTensor, decollate_batch, list_data_collate
 from PIL import Image
 
+from scripts.dicom_series import select_series
 from scripts.grid import resample_onto
 from scripts.identity import check_same_identity, hashed_case
-from scripts.dicom_series import select_series
 from scripts.load_case import LoadCased, PackNotesd, UnpackNotesd
 from scripts.match_grid import MatchGrid, MatchGridd
 from scripts.phantom import digital_brain
@@ -100,7 +101,10 @@ def test_another_frame_of_reference_is_registered(brain: dict, tmp_path: Path) -
 def test_what_visibly_does_not_fit_is_told(brain: dict, tmp_path: Path) -> None:
     moved = FINE.copy()
     moved[:3, 3] += (12, -9, 0)
-    files = [save_nifti(tmp_path / "x_mri.nii", brain["mri"], FINE), save_nifti(tmp_path / "x_ct.nii", brain["ct"], moved)]
+    files = [
+        save_nifti(tmp_path / "x_mri.nii", brain["mri"], FINE),
+        save_nifti(tmp_path / "x_ct.nii", brain["ct"], moved),
+    ]
     info = LoadCased()({"image": files})["fusion_info"]
     assert [i["name"] for i in info["inputs"]] == ["mri", "ct"]
     assert any("visibly do not fit" in warning for warning in info["warnings"])
@@ -156,6 +160,17 @@ def test_pictures_of_different_shape_are_registered_only_on_request(tmp_path: Pa
     assert np.corrcoef(item["image"][1].T.numpy()[8:, :150].ravel(), brain["ct"][8:, :150].ravel())[0, 1] > 0.98
 
 
+@pytest.mark.parametrize("extension", ["nrrd", "mha", "nii"])
+def test_files_of_other_formats_lie_where_they_say(tmp_path: Path, brain: dict, extension: str) -> None:
+    image = itk.image_from_array(np.ascontiguousarray(brain["flair"].T.astype(np.int16)))
+    image.SetSpacing([4.8] * 3)
+    image.SetOrigin(FINE[:3, 3].tolist())
+    itk.imwrite(image, str(tmp_path / f"x.{extension}"))
+    write_series(tmp_path / "a", brain["t2"], affine=FINE)
+    item = LoadCased()({"image": [tmp_path / "a", tmp_path / f"x.{extension}"]})
+    np.testing.assert_array_equal(item["image"][1], brain["flair"])
+
+
 def test_one_file_with_two_channels(tmp_path: Path) -> None:
     nib.save(nib.Nifti1Image(np.random.rand(6, 7, 8, 2).astype(np.float32), np.eye(4)), tmp_path / "x.nii")
     item = LoadCased()({"image": str(tmp_path / "x.nii")})
@@ -163,14 +178,18 @@ def test_one_file_with_two_channels(tmp_path: Path) -> None:
     assert item["sources"] == [[], []] and "fusion_info" not in item["image"].meta
 
 
-@pytest.mark.parametrize(("change", "what"), [({"PatientID": "other"}, "patients"), ({"StudyInstanceUID": "1.9"}, "studies")])
+@pytest.mark.parametrize(
+    ("change", "what"), [({"PatientID": "other"}, "patients"), ({"StudyInstanceUID": "1.9"}, "studies")]
+)
 def test_identities_are_not_mixed(inputs: list[str], brain: dict, tmp_path: Path, change: dict, what: str) -> None:
     write_series(tmp_path / "c", brain["flair"], number=501, affine=FINE, **change)
     item = {"image": [inputs[0], tmp_path / "c"]}
     with pytest.raises(ValueError, match=f"two series are of different {what}") as error:
         LoadCased()(item)
     assert "other" not in str(error.value).replace("other inputs", "") and "SECRET" not in str(error.value)
-    assert f"of different {what}; that was allowed" in LoadCased(allow_mismatch=True)(item)["fusion_info"]["warnings"][0]
+    assert (
+        f"of different {what}; that was allowed" in LoadCased(allow_mismatch=True)(item)["fusion_info"]["warnings"][0]
+    )
 
 
 def test_an_input_without_identity_is_told(inputs: list[str], brain: dict, tmp_path: Path) -> None:

@@ -22,7 +22,14 @@ from scipy.ndimage import gaussian_filter
 from scipy.spatial.transform import Rotation
 
 from scripts.phantom import digital_brain
-from scripts.registration import VISIBLE_MISFIT, Alignment, misfit, normalised_mutual_information, register, save_transform
+from scripts.registration import (
+    VISIBLE_MISFIT,
+    Alignment,
+    misfit,
+    normalised_mutual_information,
+    register,
+    save_transform,
+)
 
 DATA = Path("/work/shared/data")
 # 20 mm and 15 degrees altogether, neither along an axis

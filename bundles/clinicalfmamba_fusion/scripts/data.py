@@ -24,7 +24,16 @@ from pathlib import Path
 import nibabel as nib
 from PIL import Image
 
-__all__ = ["case_name", "common_name", "dataset_root", "find_pairs", "read_datalist", "replacing", "replacing_folder", "stem"]
+__all__ = [
+    "case_name",
+    "common_name",
+    "dataset_root",
+    "find_pairs",
+    "read_datalist",
+    "replacing",
+    "replacing_folder",
+    "stem",
+]
 
 SPLITS = ("training", "validation", "test")
 PICTURES = (".png", ".tif", ".tiff", ".jpg")

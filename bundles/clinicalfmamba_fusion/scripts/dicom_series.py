@@ -30,7 +30,16 @@ from pydicom.errors import InvalidDicomError
 from scripts.data import EXTENSIONS
 from scripts.suv import SUV_KEYWORDS, suv_factor
 
-__all__ = ["DicomSeries", "DicomSeriesReader", "dicom_files", "find_series", "is_dicom", "read_header", "read_pixels", "select_series"]
+__all__ = [
+    "DicomSeries",
+    "DicomSeriesReader",
+    "dicom_files",
+    "find_series",
+    "is_dicom",
+    "read_header",
+    "read_pixels",
+    "select_series",
+]
 
 # all that is needed to tell series apart, to order and scale their slices, and to compare patients and studies
 KEYWORDS = (
@@ -205,13 +214,13 @@ def select_series(path: str | os.PathLike, wanted: str | int | None = None) -> D
 
 def read_pixels(series: DicomSeries) -> tuple[np.ndarray, dict]:
     """
-    Read a series with ITK (GDCM), which decodes compressed transfer syntaxes and inverts MONOCHROME1. Every slice is scaled by its own
-    rescale slope and intercept; positron emission tomography becomes SUV where the header allows (see `suv_factor`).
+    Read a series with ITK (GDCM), which decodes compressed transfer syntaxes and inverts MONOCHROME1. Every slice is
+    scaled by its own rescale slope and intercept; positron emission tomography becomes SUV where the header allows (see
+    `suv_factor`).
 
     Returns:
-        float32 array ``(X, Y[, Z])``, colour ``(X, Y[, Z], 3)``, with Z left out for a single slice without position,
-        and metadata as MONAI's readers give it, none of it from the patient: ``affine`` (RAS) and what goes with it,
-        ``modality`` and ``units`` (``"HU"``, ``"SUV"`` or empty).
+        float32 array ``(X, Y[, Z])``, or ``(X, Y[, Z], 3)`` in colour, and metadata as MONAI's readers give it, none of it
+        from the patient: ``affine`` (RAS) and what goes with it, ``modality`` and ``units`` (``"HU"``, ``"SUV"`` or empty).
 
     Raises:
         ValueError: when the pixels can not be decoded.

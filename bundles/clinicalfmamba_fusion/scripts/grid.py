@@ -93,5 +93,3 @@ def shrink(image: MetaTensor, spacing: float) -> MetaTensor:
 def _relative(affine: torch.Tensor, onto: torch.Tensor, dims: int) -> torch.Tensor:
     """From voxels of an image to voxels of the grid with the affine ``onto``, ``(dims + 1, dims + 1)``."""
     return to_affine_nd(dims, torch.linalg.solve(onto.double().cpu(), affine.double().cpu()))
-
-

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -174,6 +175,8 @@ class LoadCased(LoadPaird):
             if alignment is not None:
                 info["registration"] = self._keep(alignment, meta["case"])
             d[INFO], d[SOURCES] = info, meta.pop(SOURCES)
+            for warning in info["warnings"]:
+                logging.getLogger(__name__).warning(f"{info['case']}: {warning}")
         return d
 
     def _keep(self, alignment: Alignment, case: str) -> dict[str, Any]:

@@ -53,10 +53,7 @@ class MatchGrid(Transform):
     """
 
     def __init__(self, resample: str = "auto", registration: str = "auto", seed: int = 0) -> None:
-        for name, value, allowed in (
-            ("resample", resample, RESAMPLES),
-            ("registration", registration, REGISTRATIONS),
-        ):
+        for name, value, allowed in (("resample", resample, RESAMPLES), ("registration", registration, REGISTRATIONS)):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got '{value}'.")
         self.resample = resample

@@ -27,7 +27,7 @@ from scipy.ndimage import map_coordinates
 from scipy.spatial.transform import Rotation
 
 from scripts.data import replacing
-from scripts.grid import covered_share, resample_onto, shrink
+from scripts.grid import shrink
 
 __all__ = ["VISIBLE_MISFIT", "Alignment", "misfit", "normalised_mutual_information", "register", "save_transform"]
 
