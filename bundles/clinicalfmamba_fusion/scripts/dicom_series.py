@@ -219,8 +219,9 @@ def read_pixels(series: DicomSeries) -> tuple[np.ndarray, dict]:
     `suv_factor`).
 
     Returns:
-        float32 array ``(X, Y[, Z])``, or ``(X, Y[, Z], 3)`` in colour, and metadata as MONAI's readers give it, none of it
-        from the patient: ``affine`` (RAS) and what goes with it, ``modality`` and ``units`` (``"HU"``, ``"SUV"`` or empty).
+        float32 array ``(X, Y[, Z])``, or ``(X, Y[, Z], 3)`` in colour, and metadata as MONAI's readers give it, none of
+        it from the patient: ``affine`` (RAS) and what goes with it, ``modality`` and ``units`` (``"HU"``, ``"SUV"`` or
+        empty).
 
     Raises:
         ValueError: when the pixels can not be decoded.
