@@ -56,6 +56,22 @@ def test_windows_above(shape: tuple[int, ...]) -> None:
     assert max(call[0] for call in network.calls) == 4
 
 
+def test_only_the_box_with_content() -> None:
+    x, network = torch.zeros(1, 2, 100, 100), Mean()
+    x[0, 0, 40:60, 45], x[0, 1, 50, 30:60] = 1, 2
+    fused = FusionInferer(roi_size=[64, 64], max_voxels=1)(x, network)
+    torch.testing.assert_close(fused, x.mean(1, keepdim=True))
+    # 20 x 30 with a margin of 16
+    assert network.calls == [(1, 2, 52, 62)]
+    assert FusionInferer(roi_size=64, max_voxels=1)(torch.zeros(1, 2, 100, 100), Mean()).shape == (1, 1, 100, 100)
+
+
+def test_windows_are_even() -> None:
+    network = Mean()
+    FusionInferer(roi_size=64, max_voxels=1)(torch.rand(1, 2, 70, 64), network)
+    assert network.calls == [(1, 2, 40, 64)] * 2
+
+
 @pytest.mark.parametrize(("roi_size", "window"), [((16, 16, 16), (16, 16, 10)), ((16, -1, 4), (16, 40, 4))])
 def test_window_larger_than_the_slab(roi_size: tuple[int, ...], window: tuple[int, ...]) -> None:
     x, network = torch.rand(1, 2, 40, 40, 10), Mean()

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,16 @@ from pathlib import Path
 import nibabel as nib
 from PIL import Image
 
-__all__ = ["dataset_root", "find_pairs", "read_datalist", "replacing", "stem"]
+__all__ = [
+    "case_name",
+    "common_name",
+    "dataset_root",
+    "find_pairs",
+    "read_datalist",
+    "replacing",
+    "replacing_folder",
+    "stem",
+]
 
 SPLITS = ("training", "validation", "test")
 PICTURES = (".png", ".tif", ".tiff", ".jpg")
@@ -47,6 +57,22 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def replacing_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """As :func:`replacing`, for a folder: the files of an older one at ``path`` do not stay among the new ones."""
+    path = Path(path)
+    temporary, old = (path.with_name(f".{os.getpid()}.{kind}.{path.name}") for kind in ("new", "old"))
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if path.exists():
+            os.replace(path, old)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
 def stem(path: str | os.PathLike) -> str:
     """File name without its extension, ``.nii.gz`` counting as one."""
     name = Path(path).name
@@ -60,6 +86,7 @@ def find_pairs(
     datalist: str | os.PathLike | None = None,
     split: str | None = None,
     subject_pattern: str | None = None,
+    same_shape: bool = True,
 ) -> list[dict]:
     """
     Find the co-registered image pairs below ``dataset_dir``. Three layouts are understood:
@@ -79,6 +106,7 @@ def find_pairs(
         subject_pattern: regular expression whose first group, searched in a case's name, is its subject. By default,
             the name without its last three digits for pictures (slices), and for volumes the case itself, with the
             sessions of one patient in BIDS and BraTS 2023 names taken together.
+        same_shape: whether the volumes of a pair must have one shape; pictures, which do not know where they lie, must.
 
     Returns:
         dictionaries with ``image`` (absolute paths), ``case`` (unique, fit for a file name), ``subject`` and ``task``
@@ -90,7 +118,7 @@ def find_pairs(
     """
     root = dataset_root(dataset_dir)
     if datalist is not None:
-        lists = read_datalist(root, Path(datalist), subject_pattern)
+        lists = read_datalist(root, Path(datalist), subject_pattern, same_shape)
         if split is not None and split not in lists:
             raise ValueError(f"datalist {datalist} lists nothing under '{split}', only under {', '.join(lists)}.")
         return [pair for name, pairs in lists.items() if split in (None, name) for pair in pairs]
@@ -104,7 +132,7 @@ def find_pairs(
             f" equal file names ({first}/a.png, {partner}/a.png) or files with suffixes (a_{first}.nii.gz,"
             f" a_{partner}.nii.gz); set modalities to the names in use, or list the files in a datalist."
         )
-    return _complete(pairs, subject_pattern)
+    return _complete(pairs, subject_pattern, same_shape)
 
 
 def _list_folders(root: Path) -> dict[Path, list[str]]:
@@ -197,7 +225,9 @@ def _no_partner(image: Path, partner: Path, count: int) -> str:
     return f"{image} has no partner, {partner} does not exist{more}: add it, or take the image out of the data set."
 
 
-def read_datalist(root: Path, path: Path, subject_pattern: str | None) -> dict[str, list[dict]]:
+def read_datalist(
+    root: Path, path: Path, subject_pattern: str | None, same_shape: bool = True
+) -> dict[str, list[dict]]:
     # monai's load_decathlon_datalist would turn a case name that is also the name of a folder into a path
     if not path.is_file():
         raise FileNotFoundError(f"datalist {path} does not exist.")
@@ -213,15 +243,15 @@ def read_datalist(root: Path, path: Path, subject_pattern: str | None) -> dict[s
                 raise ValueError(f"datalist {path} has an item without 'image' under '{key}'.")
             files = [item["image"]] if isinstance(item["image"], str) else item["image"]
             item["image"] = [root / file for file in files]
-            item.setdefault("case", _common_name(item["image"]))
+            item.setdefault("case", common_name(item["image"]))
             lists.setdefault(key, []).append({**item, "folder": item["image"][0].parent.name})
     if not lists:
         raise ValueError(f"datalist {path} lists nothing under {', '.join(SPLITS)}.")
-    pairs = iter(_complete([item for items in lists.values() for item in items], subject_pattern))
+    pairs = iter(_complete([item for items in lists.values() for item in items], subject_pattern, same_shape))
     return {key: [next(pairs) for _ in items] for key, items in lists.items()}
 
 
-def _common_name(files: Sequence[Path]) -> str:
+def common_name(files: Sequence[Path]) -> str:
     """``CASE`` for ``CASE_t2.nii.gz`` and ``CASE_flair.nii.gz``."""
     stems = [stem(file) for file in files]
     if len(set(stems)) == 1:
@@ -229,11 +259,17 @@ def _common_name(files: Sequence[Path]) -> str:
     return re.sub(r"[_.-][^_.-]*$", "", os.path.commonprefix(stems)) or stems[0]
 
 
-def _complete(pairs: list[dict], subject_pattern: str | None) -> list[dict]:
+def case_name(name: str) -> str:
+    """``name`` as it is fit for a file name."""
+    return re.sub(r"[^\w.-]+", "_", name, flags=re.ASCII)
+
+
+def _complete(pairs: list[dict], subject_pattern: str | None, same_shape: bool) -> list[dict]:
     """Check the files of every pair, give it its subject and, where names repeat, a case name of its own."""
     for pair in pairs:
         shapes = [_shape(file) for file in pair["image"]]
-        if len({shape for shape in shapes if shape}) > 1:
+        known = {shape for shape in shapes if shape}
+        if len(known) > 1 and (same_shape or any(len(shape) == 2 for shape in known)):
             found = " and ".join(f"{file} {shape}" for file, shape in zip(pair["image"], shapes))
             raise ValueError(f"The images of a pair differ in shape, {found}: register and resample one to the other.")
     repeated = len({pair["case"] for pair in pairs}) < len(pairs)
@@ -248,7 +284,7 @@ def _complete(pairs: list[dict], subject_pattern: str | None) -> list[dict]:
             {
                 **pair,
                 "image": images if len(images) > 1 else images[0],
-                "case": re.sub(r"[^\w.-]+", "_", name, flags=re.ASCII),
+                "case": case_name(name),
                 "subject": str(pair.get("subject", match[1] if match else case)),
                 "task": pair.get("task", ""),
             }

@@ -16,7 +16,7 @@ import sys
 from types import TracebackType
 from typing import NoReturn
 
-__all__ = ["refuse", "show_cause_last"]
+__all__ = ["cause_of", "refuse", "show_cause_last"]
 
 # how the exceptions begin that MONAI's config parser and transforms put around one
 WRAPPERS = ("Failed to instantiate", "Failed to evaluate", "applying transform")
@@ -46,12 +46,12 @@ def refuse(reason: str) -> NoReturn:
 
 def _print_exception(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     sys.__excepthook__(kind, error, traceback)
-    cause = _cause(error)
+    cause = cause_of(error)
     if cause is not error:
         print(f"\n{type(cause).__name__}: {cause}", file=sys.stderr)
 
 
-def _cause(error: BaseException) -> BaseException:
+def cause_of(error: BaseException) -> BaseException:
     """The first exception of a chain that MONAI did not put there."""
     while error.__cause__ is not None and str(error).startswith(WRAPPERS):
         error = error.__cause__

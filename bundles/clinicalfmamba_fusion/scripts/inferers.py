@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,15 +23,21 @@ from monai.utils import fall_back_tuple
 
 __all__ = ["FusionInferer", "ReconstructionInferer"]
 
+# what a network halves three times without a rest
+GRID = 8
+MARGIN = 16
+
 
 class FusionInferer(Inferer):
     """
-    Run a fusion network on the whole image up to ``max_voxels``, above that on overlapping windows that are blended
-    with Gaussian weights. The result keeps the metadata of the input, so that every fused image of a batch is saved
+    Run a fusion network on the whole image up to ``max_voxels``. Above that, run it on overlapping windows that are
+    blended with Gaussian weights, and only on the box that holds anything: what both sources leave empty around it is 0
+    in the fused image, too. The result keeps the metadata of the input, so that every fused image of a batch is saved
     with its own affine and name.
 
     Args:
-        roi_size: window size; -1 takes the whole axis. An axis shorter than its window is taken whole, not padded.
+        roi_size: largest window size; -1 takes the whole axis. An axis shorter than its window is taken whole, not
+            padded, and a longer one is divided into even windows.
         max_voxels: largest spatial size, in pixels or voxels, that the network is run on at once.
         overlap: share of a window that it has in common with the next.
         sw_batch_size: number of windows per run of the network.
@@ -43,7 +50,7 @@ class FusionInferer(Inferer):
         self,
         roi_size: Sequence[int] | int,
         max_voxels: int,
-        overlap: float = 0.25,
+        overlap: float = 0.125,
         sw_batch_size: int = 1,
         device: torch.device | str | None = None,
         progress: bool = False,
@@ -74,18 +81,31 @@ class FusionInferer(Inferer):
         if size.numel() <= self.max_voxels:
             fused = network(plain, *args, **kwargs)
         else:
+            box = _content(plain)
+            content = plain[box]
             windows = SlidingWindowInferer(
-                roi_size=[min(roi, full) for roi, full in zip(fall_back_tuple(self.roi_size, size), size)],
+                roi_size=self._window(content.shape[2:]),
                 sw_batch_size=self.sw_batch_size,
                 overlap=self.overlap,
                 mode="gaussian",
                 device=self.device,
                 progress=self.progress,
             )
-            fused = windows(plain, network, *args, **kwargs)  # type: ignore[assignment]
+            inside: torch.Tensor = windows(content, network, *args, **kwargs)  # type: ignore[assignment]
+            fused = inside.new_zeros(plain.shape[0], 1, *size)
+            fused[box] = inside
         # half precision is the network's affair, what is measured and saved is not rounded to it
         fused = fused.to(plain.dtype).clamp(0, 1)
         return MetaTensor(fused).copy_meta_from(inputs) if isinstance(inputs, MetaTensor) else fused
+
+    def _window(self, size: torch.Size) -> list[int]:
+        """As many windows as `roi_size` needs, but no larger than they have to be."""
+        window = []
+        for roi, full in zip(fall_back_tuple(self.roi_size, size), size):
+            count = max(1, math.ceil((full - self.overlap * roi) / ((1 - self.overlap) * roi)))
+            even = math.ceil(full / (count - (count - 1) * self.overlap))
+            window.append(min(roi, full, GRID * math.ceil(even / GRID)))
+        return window
 
 
 class ReconstructionInferer(Inferer):
@@ -103,3 +123,16 @@ class ReconstructionInferer(Inferer):
             the reconstructed sources, ``(B, 2, H, W[, D])``.
         """
         return network(inputs, *args, reconstruct=True, **kwargs)
+
+
+def _content(image: torch.Tensor) -> tuple[slice, ...]:
+    """Batch, channels and the box of all that is above the lowest value, with a margin, which a network may need."""
+    occupied = (image > image.amin()).any(0).any(0)
+    box = [slice(None), slice(None)]
+    for axis, full in enumerate(occupied.shape):
+        others = [other for other in range(occupied.ndim) if other != axis]
+        found = occupied.amax(others).nonzero()
+        if len(found) == 0:
+            return (slice(None),) * image.ndim
+        box.append(slice(max(0, int(found[0]) - MARGIN), min(full, int(found[-1]) + 1 + MARGIN)))
+    return tuple(box)

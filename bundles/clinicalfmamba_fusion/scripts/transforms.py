@@ -28,7 +28,16 @@ from PIL import Image
 from scripts.colour import check_colour_space, join_colour, split_colour
 from scripts.data import PICTURES, stem
 
-__all__ = ["CaseName", "LoadPair", "LoadPaird", "RestoreChroma", "RestoreChromad", "ScaleToDtype", "ScaleToDtyped"]
+__all__ = [
+    "CaseName",
+    "LoadPair",
+    "LoadPaird",
+    "RestoreChroma",
+    "RestoreChromad",
+    "ScaleToDtype",
+    "ScaleToDtyped",
+    "refuse_unequal_shapes",
+]
 
 AFFINE_TOLERANCE = 1e-3
 
@@ -38,6 +47,16 @@ def _grey_or_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode in ("1", "LA", "La"):
         return picture.convert("L")
     return picture if picture.mode in ("L", "F") or picture.mode.startswith("I") else picture.convert("RGB")
+
+
+def refuse_unequal_shapes(images: Sequence[torch.Tensor], files: Sequence[Path]) -> None:
+    """
+    Raises:
+        ValueError: when the two images ``(C, H, W[, D])`` differ in spatial shape.
+    """
+    if images[0].shape[1:] != images[1].shape[1:]:
+        found = " and ".join(f"{file} {tuple(i.shape[1:])}" for file, i in zip(files, images))
+        raise ValueError(f"The images of a pair differ in shape, {found}: register and resample one to the other.")
 
 
 class LoadPair(Transform):
@@ -77,17 +96,19 @@ class LoadPair(Transform):
             return pair, None
         if len(files) != 2:
             raise ValueError(f"Expected two images, got {len(files)}: {', '.join(map(str, files))}.")
+        images = self._read_pair(files)
+        (mri, _), (partner, chroma) = (_grey(i, file, self.colour_space) for i, file in zip(images, files))
+        return MetaTensor(torch.cat([mri, partner]), meta=images[0].meta), chroma
+
+    def _read_pair(self, files: Sequence[Path]) -> list[MetaTensor]:
         images = [self._read(file) for file in files]
-        if images[0].shape[1:] != images[1].shape[1:]:
-            found = " and ".join(f"{file} {tuple(i.shape[1:])}" for file, i in zip(files, images))
-            raise ValueError(f"The images of a pair differ in shape, {found}: register and resample one to the other.")
+        refuse_unequal_shapes(images, files)
         if not torch.allclose(images[0].affine, images[1].affine, rtol=0, atol=AFFINE_TOLERANCE):
             warnings.warn(
                 "The two images of a pair have different affines: they are fused voxel by voxel in the grid of the MRI."
                 " Make sure that they are co-registered."
             )
-        (mri, _), (partner, chroma) = (_grey(i, file, self.colour_space) for i, file in zip(images, files))
-        return MetaTensor(torch.cat([mri, partner]), meta=images[0].meta), chroma
+        return images
 
     def _read(self, file: Path) -> MetaTensor:
         if not file.exists():

@@ -1,0 +1,212 @@
+# Copyright (c) ClinicalFMamba contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A run over many cases, of which some may fail: list them, go on without those that fail, and tell at the end."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ignite.engine import Engine
+from monai.data import Dataset
+from monai.engines import SupervisedEvaluator
+from monai.transforms import Transform
+
+from scripts.data import case_name, common_name, dataset_root, find_pairs, replacing
+from scripts.dicom_series import is_dicom
+from scripts.errors import cause_of
+from scripts.identity import hashed_case
+
+__all__ = ["CaseDataset", "CaseEvaluator", "FinishCased", "find_cases"]
+
+FAILURE = "failure"
+FAILED = "failed.csv"
+PARTIAL = ".partial"
+
+
+def find_cases(
+    dataset_dir: str | os.PathLike,
+    modalities: Sequence[str | Sequence[str]],
+    datalist: str | os.PathLike | None = None,
+    split: str | None = None,
+    input_a: str | os.PathLike | None = None,
+    input_b: str | os.PathLike | None = None,
+    series: Sequence[str | int | None] = (None, None),
+    finished: tuple[str | os.PathLike, str] | None = None,
+) -> list[dict]:
+    """
+    The cases to fuse: the one pair ``input_a`` and ``input_b``, or else all pairs below ``dataset_dir``. Besides what
+    `find_pairs` understands, these are folders of DICOM files, named as the modalities, side by side
+    (``CASE/T2``, ``CASE/FLAIR``), and if both ``series`` are given every folder directly below ``dataset_dir`` that
+    holds DICOM files. DICOM cases are named by a hash.
+
+    Args:
+        dataset_dir: folder with the images; without meaning for a single pair.
+        modalities: see `find_pairs`, as the next two.
+        datalist: see there.
+        split: see there.
+        input_a: file or folder of the first image; the same as ``input_b`` if it holds both series.
+        input_b: file or folder of the second image.
+        series: how to choose one series of the first and of the second input, see `select_series`.
+        finished: output folder and extension (``".nii.gz"``); cases that have a fused image there are left out.
+
+    Returns:
+        as `find_pairs`.
+
+    Raises:
+        FileNotFoundError: when an input does not exist, or as `find_pairs`.
+        ValueError: when only one input is given, all cases are finished, or as `find_pairs`.
+    """
+    if input_a is not None or input_b is not None:
+        cases = [_single(input_a, input_b, series)]
+    else:
+        cases = [] if datalist is not None else _dicom_folders(dataset_root(dataset_dir), modalities, series)
+        cases = cases or find_pairs(dataset_dir, modalities, datalist, split, same_shape=False)
+    if finished is not None:
+        folder, extension = Path(finished[0]), finished[1]
+        cases = [c for c in cases if not (folder / c["case"] / f"{c['case']}_fused{extension}").exists()]
+        if not cases:
+            raise ValueError(f"All cases in {folder} are finished: set resume to false to fuse them again.")
+    return cases
+
+
+def _single(a: str | os.PathLike | None, b: str | os.PathLike | None, series: Sequence[str | int | None]) -> dict:
+    if a is None or b is None:
+        raise ValueError("Only one of input_a and input_b is given: give both, or dataset_dir for many pairs.")
+    files = [Path(path).expanduser().absolute() for path in (a, b)]
+    for name, file in zip(("input_a", "input_b"), files):
+        if not file.exists():
+            raise FileNotFoundError(f"{name} {file} does not exist: name a file, or a folder of DICOM files.")
+        if file.is_dir() and not is_dicom(file):
+            raise FileNotFoundError(f"{name} {file} holds no DICOM images: name a file, or a folder of DICOM files.")
+    if any(is_dicom(file) for file in files):
+        return _dicom_case(files[0], files[1], series, "")
+    case = case_name(common_name(files))
+    return {"image": [str(file) for file in files], "case": case, "subject": case, "task": ""}
+
+
+def _dicom_case(a: Path, b: Path, series: Sequence[str | int | None], task: str) -> dict:
+    case = hashed_case(a, b, *series)
+    return {"image": [str(a), str(b)], "case": case, "subject": case, "task": task}
+
+
+def _dicom_folders(
+    root: Path, modalities: Sequence[str | Sequence[str]], series: Sequence[str | int | None]
+) -> list[dict]:
+    if None not in series:
+        studies = sorted(folder for folder in root.iterdir() if folder.is_dir() and is_dicom(folder))
+        return [_dicom_case(folder, folder, series, "") for folder in studies]
+    firsts, partners = ([names] if isinstance(names, str) else list(names) for names in modalities)
+    cases = []
+    for parent, subfolders, _ in os.walk(root):
+        subfolders.sort()
+        named = {name.lower(): Path(parent) / name for name in subfolders}
+        first = next((named[name.lower()] for name in firsts if name.lower() in named), None)
+        for name in partners if first is not None and is_dicom(first) else ():
+            if (partner := named.get(name.lower())) is not None and is_dicom(partner):
+                cases.append(_dicom_case(first, partner, series, name))  # type: ignore[arg-type]
+    return cases
+
+
+class CaseDataset(Dataset):
+    """
+    Dataset whose items may fail: instead of raising, it gives ``{"case": ..., "failure": reason}``, which
+    `CaseEvaluator` writes down. To be loaded in batches of one.
+    """
+
+    def _transform(self, index: int) -> Any:
+        try:
+            return super()._transform(index)
+        except Exception as error:
+            return {"case": self.data[index]["case"], FAILURE: _reason(error)}
+
+
+class CaseEvaluator(SupervisedEvaluator):
+    """
+    Evaluator that goes on with the next case after one has failed, be it in loading (see `CaseDataset`), in the network
+    or in postprocessing. Failed cases stand in ``failed.csv`` (case, reason), from the moment on that they fail.
+
+    Args:
+        args: as `monai.engines.SupervisedEvaluator`, as is ``kwargs``; the loader has batches of one case.
+        output_dir: folder of ``failed.csv``.
+    """
+
+    def __init__(self, *args: Any, output_dir: str | os.PathLike, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.output_dir = Path(output_dir)
+        self.failures: list[tuple[str, str]] = []
+
+    def run(self) -> None:  # type: ignore[override]
+        """
+        Raises:
+            RuntimeError: at the end, when cases have failed.
+        """
+        self.failures = []
+        (self.output_dir / FAILED).unlink(missing_ok=True)
+        try:
+            super().run()
+        finally:
+            shutil.rmtree(self.output_dir / PARTIAL, ignore_errors=True)
+        if self.failures:
+            case, reason = self.failures[0]
+            raise RuntimeError(
+                f"{len(self.failures)} of {self.state.iteration} cases failed, {self.output_dir / FAILED} lists them;"
+                f" {case}: {reason}"
+            )
+
+    def _iteration(self, engine: Engine, batchdata: dict[str, Any]) -> dict:
+        try:
+            if FAILURE not in batchdata:
+                return super()._iteration(engine, batchdata)  # type: ignore[arg-type]
+            reason = batchdata[FAILURE][0]
+        except Exception as error:
+            reason = _reason(error)
+        self._note(batchdata["case"][0], reason)
+        return {}
+
+    def _note(self, case: str, reason: str) -> None:
+        self.failures.append((case, reason))
+        with replacing(self.output_dir / FAILED) as temporary, open(temporary, "w", newline="") as stream:
+            csv.writer(stream, lineterminator="\n").writerows([("case", "reason"), *self.failures])
+
+
+class FinishCased(Transform):
+    """
+    Last step of a case: move what `SaveImaged` has written below ``<output_dir>/.partial`` to ``output_dir``, so that a
+    fused image is there if and only if it is complete and everything else of its case is, too.
+
+    Args:
+        output_dir: folder of the case folders.
+        case_key: key of the name of the case.
+    """
+
+    def __init__(self, output_dir: str | os.PathLike, case_key: str = "case") -> None:
+        self.output_dir = Path(output_dir)
+        self.case_key = case_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
+        case = str(data.get(self.case_key, ""))
+        partial = self.output_dir / PARTIAL / case
+        for file in sorted(partial.glob("*")) if case else ():
+            (self.output_dir / case).mkdir(parents=True, exist_ok=True)
+            os.replace(file, self.output_dir / case / file.name)
+        return data
+
+
+def _reason(error: Exception) -> str:
+    cause = cause_of(error)
+    text = " ".join(str(cause).split())
+    # what this project raises is a sentence, what others raise needs its kind to be understood
+    return text if isinstance(cause, (FileNotFoundError, ValueError)) else f"{type(cause).__name__}: {text}"
