@@ -92,7 +92,7 @@ def test_one_dicom_pair(weights: dict, tmp_path: Path, caplog: pytest.LogCapture
     write_patient(tmp_path / "Secret Name")
     inputs = {f"input_{key}": tmp_path / "Secret Name" / name for key, name in (("a", "T2"), ("b", "FLAIR"))}
     fuse(weights, tmp_path / "out", **inputs)
-    (folder,) = (tmp_path / "out").iterdir()
+    (folder,) = (path for path in (tmp_path / "out").iterdir() if path.is_dir())
     case = folder.name
     written = names(folder)
     assert {f"{case}_fused.nii.gz", f"{case}_panel.png", f"{case}_dicom/0001.dcm"} <= set(written)
@@ -101,6 +101,8 @@ def test_one_dicom_pair(weights: dict, tmp_path: Path, caplog: pytest.LogCapture
     secrets = [value for keyword, value in IDENTITY.items() if len(value) > 1 and "UID" not in keyword]
     assert not any(secret in logged or secret in " ".join(written) for secret in secrets)
     assert b"SECRET" not in (folder / f"{case}_panel.png").read_bytes()
+    pages = (folder / f"{case}_report.html").read_text() + (tmp_path / "out" / "index.html").read_text()
+    assert not any(secret in pages for secret in secrets)
     assert nib.load(folder / f"{case}_fused.nii.gz").shape == SHAPE
 
 
@@ -134,7 +136,7 @@ def test_failing_cases_are_listed_and_the_others_finished(weights: dict, tmp_pat
     (tmp_path / "out" / "c").write_text("a file where the folder of the case should be")
     (tmp_path / "out" / "failed.csv").write_text("of an earlier run")
     with pytest.raises(RuntimeError) as error:
-        fuse(weights, tmp_path / "out", dataset_dir=tmp_path / "in")
+        fuse(weights, tmp_path / "out", dataset_dir=tmp_path / "in", report=False)
     cause = error.value.__cause__ or error.value
     assert "2 of 4 cases failed, " in str(cause) and "failed.csv lists them; b: " in str(cause)
     failed = failures(tmp_path / "out")
@@ -148,7 +150,7 @@ def test_failing_cases_are_listed_and_the_others_finished(weights: dict, tmp_pat
     (tmp_path / "out" / "c").unlink()
     (tmp_path / "in" / "b_flair.nii").write_bytes((tmp_path / "whole.nii").read_bytes())
     before = (tmp_path / "out" / "a" / "a_fused.nii.gz").stat().st_mtime_ns
-    fuse(weights, tmp_path / "out", dataset_dir=tmp_path / "in", resume=True)
+    fuse(weights, tmp_path / "out", dataset_dir=tmp_path / "in", resume=True, report=False)
     assert names(tmp_path / "out") == sorted(f"{c}/{c}_{end}" for c in "abcd" for end in ("fused.nii.gz", "panel.png"))
     assert (tmp_path / "out" / "a" / "a_fused.nii.gz").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="are finished: set resume to false"):

@@ -58,7 +58,7 @@ def test_windows_above(shape: tuple[int, ...]) -> None:
 
 def test_only_the_box_with_content() -> None:
     x, network = torch.zeros(1, 2, 100, 100), Mean()
-    x[0, 0, 40:60, 45], x[0, 1, 50, 30:60] = 1, 2
+    x[0, 0, 40:60, 45], x[0, 1, 50, 30:60] = 0.5, 1
     fused = FusionInferer(roi_size=[64, 64], max_voxels=1)(x, network)
     torch.testing.assert_close(fused, x.mean(1, keepdim=True))
     # 20 x 30 with a margin of 16
