@@ -45,7 +45,7 @@ class TestOwnScripts:
             losses = importlib.import_module("scripts.losses")
             assert losses.__file__.startswith(str(FUSION))
             with pytest.raises(ModuleNotFoundError):
-                importlib.import_module("scripts.cases")
+                importlib.import_module("scripts.folds")
         assert sys.path == path
         assert {name: sys.modules.get(name) for name in ours if name.startswith("scripts")} == {
             name: module for name, module in ours.items() if name.startswith("scripts")

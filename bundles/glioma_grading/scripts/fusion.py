@@ -133,7 +133,9 @@ class FusionBundle:
             )
         self.parser = ConfigParser()
         self.parser.read_config(files)
-        self.parser.update({"bundle_root": str(self.bundle), "device": str(self.device), **(overrides or {})})
+        # also a network for slices gets volumes here, slice by slice
+        settings = {"bundle_root": str(self.bundle), "device": str(self.device), "input_dims": 3}
+        self.parser.update({**settings, **(overrides or {})})
         self.weights = Path(weights if weights is not None else self.part("checkpoint"))
         if not self.weights.is_file():
             raise FileNotFoundError(f"Weights {self.weights} of the fusion network do not exist: set fusion_weights.")
