@@ -149,7 +149,9 @@ class SaveReportd(MapTransform):
         case, info = case_name(data[key]), dict(data.get(self.info_key) or {})
         images = CaseImages.of_item(data, key, self.image_key, self.chroma_key, self.colour_space)
         inputs = self._inputs(info, images)
-        titles = [source["modality"] or title for source, title in zip(inputs, self.titles)]
+        # two images of one modality are told apart by their names
+        label = "name" if inputs[0]["modality"] == inputs[1]["modality"] else "modality"
+        titles = [source[label] or title for source, title in zip(inputs, self.titles)]
         viewer, cuts = _cut(images, self.difference_limit)
         shown = cuts[0]
         record = {
