@@ -26,7 +26,7 @@ __all__ = ["FusionInferer"]
 # what a network halves three times without a rest
 GRID = 8
 MARGIN = 16
-# width of the Gaussian weights, as a share of a window: with MONAI's 0.125 the lowest weights, which it clips, make seams
+# width of the Gaussian weights, as a share of a window: with MONAI's 0.125, its clipping of low weights makes seams
 SIGMA = 0.18
 
 
