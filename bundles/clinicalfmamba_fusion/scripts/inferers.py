@@ -26,6 +26,8 @@ __all__ = ["FusionInferer", "ReconstructionInferer"]
 # what a network halves three times without a rest
 GRID = 8
 MARGIN = 16
+# width of the Gaussian weights, as a share of a window: with MONAI's 0.125, its clipping of low weights makes seams
+SIGMA = 0.18
 
 
 class FusionInferer(Inferer):
@@ -50,7 +52,7 @@ class FusionInferer(Inferer):
         self,
         roi_size: Sequence[int] | int,
         max_voxels: int,
-        overlap: float = 0.125,
+        overlap: float = 0.25,
         sw_batch_size: int = 1,
         device: torch.device | str | None = None,
         progress: bool = False,
@@ -88,6 +90,7 @@ class FusionInferer(Inferer):
                 sw_batch_size=self.sw_batch_size,
                 overlap=self.overlap,
                 mode="gaussian",
+                sigma_scale=SIGMA,
                 device=self.device,
                 progress=self.progress,
             )
