@@ -141,8 +141,10 @@ def verdicts(table: Sequence[Mapping[str, Any]]) -> list[str]:
     ranks = {row["label"]: row["mean_rank"] for row in table if row["mean_rank"] is not None}
     if len(ranks) > 1 and ours["mean_rank"] is not None:
         label = min((name for name in ranks if name != ours["label"]), key=lambda name: ranks[name])
-        lines.append(f"mean rank {ours['mean_rank']:.2f}, {label} {ranks[label]:.2f}: "
-                     + judged(ranks[label] - ours["mean_rank"]))
+        lines.append(
+            f"mean rank {ours['mean_rank']:.2f}, {label} {ranks[label]:.2f}: "
+            + judged(ranks[label] - ours["mean_rank"])
+        )
     if (share := ours["share"][JOINT]) is not None:
         lines.append(f"share of the joint loss's range {share:.3f}, mark {MARK}: {judged(share - MARK)}")
     return lines
@@ -197,8 +199,10 @@ def to_markdown(
 
     def column(metric: str) -> list[str]:
         # what looks equal is equal
-        values = [round(r["mean"][metric], 3) if c and r["mean"].get(metric) is not None else None
-                  for r, c in zip(table, competing)]
+        values = [
+            round(r["mean"][metric], 3) if c and r["mean"].get(metric) is not None else None
+            for r, c in zip(table, competing)
+        ]
         return marked([spread(row, metric) for row in table], values)
 
     ranks = [row["mean_rank"] for row in table]
@@ -213,7 +217,10 @@ def to_markdown(
     shares = in_table(
         ["system", *RANKED.values(), JOINT],
         [labels]
-        + [["–" if row["share"][m] is None else f"{row['share'][m]:.2f}" for row in table] for m in (*RANKED, JOINT)],
+        + [
+            ["–" if row["share"][m] is None else f"{round(row['share'][m], 2) + 0.0:.2f}" for row in table]
+            for m in (*RANKED, JOINT)
+        ],
     )
     columns = PAPER_3D if task.endswith("3d") else PAPER
     published = [PUBLISHED.get(task, {}).get(row["name"]) for row in table]

@@ -39,14 +39,14 @@ ROOT = Path(__file__).resolve().parents[1]
 BUNDLE = ROOT / "bundles" / "clinicalfmamba_fusion"
 sys.path[:0] = [str(ROOT), str(BUNDLE), str(ROOT / "benchmarks")]
 
+from fusion_optimum import LOSSES, RULES, Fuse, optimise  # noqa: E402
+from fusion_picture import draw_systems  # noqa: E402
+from fusion_summary import summarise, to_csv, to_markdown, verdicts  # noqa: E402
 from monai.bundle import ConfigWorkflow  # noqa: E402
 from monai.data import MetaTensor  # noqa: E402
 from monai.inferers import Inferer  # noqa: E402
 from monai.transforms import Compose, ScaleIntensityRangePercentilesd  # noqa: E402
 
-from fusion_optimum import LOSSES, RULES, Fuse, optimise  # noqa: E402
-from fusion_picture import draw_systems  # noqa: E402
-from fusion_summary import summarise, to_csv, to_markdown, verdicts  # noqa: E402
 from scripts.data import PICTURES, find_pairs, replacing  # noqa: E402
 from scripts.splits import disjoint_draws  # noqa: E402
 from scripts.transforms import LoadPaird  # noqa: E402
@@ -65,11 +65,7 @@ TASKS: dict[str, tuple[list[str], int]] = {
 SYSTEMS: dict[str, dict[str, Any]] = {
     "clinicalfmamba": {"label": "ClinicalFMamba, joint loss", "configs": ["joint_loss"]},
     "clinicalfmamba_paper": {"label": "ClinicalFMamba, paper's recipe"},
-    "no_cmca": {
-        "label": "paper's recipe without CMCA",
-        "kind": "ablation",
-        "network_def#cross_modal_attention": False,
-    },
+    "no_cmca": {"label": "paper's recipe without CMCA", "kind": "ablation", "network_def#cross_modal_attention": False},
     "raster_scan": {"label": "paper's recipe, raster scan", "kind": "ablation", "network_def#scan": "raster"},
     "msrpan": {"label": "MSRPAN", "configs": ["baselines/msrpan"]},
     "msdra": {"label": "MSDRA", "configs": ["baselines/msdra"]},
@@ -255,9 +251,8 @@ def train_and_evaluate(
 
 def cut_slices(pairs: Sequence[dict], names: Sequence[str], folder: Path, per_case: int) -> list[dict]:
     """Write slices of volumes, evenly spread along the last axis, as 8-bit PNG; return the pairs of them."""
-    scale = ScaleIntensityRangePercentilesd("image", lower=0.1, upper=99.9, b_min=0, b_max=255, clip=True)
-    scale.scaler.channel_wise = True
-    load = Compose([LoadPaird("image"), scale])
+    scale = {"lower": 0.1, "upper": 99.9, "b_min": 0, "b_max": 255, "clip": True, "channel_wise": True}
+    load = Compose([LoadPaird("image"), ScaleIntensityRangePercentilesd("image", **scale)])
     for pair in tqdm(pairs, desc="slices"):
         files = [folder / (pair["task"] or "all") / name for name in names]
         done = files[1] / f".{pair['case']}"
@@ -274,7 +269,14 @@ def cut_slices(pairs: Sequence[dict], names: Sequence[str], folder: Path, per_ca
 
 
 def prepare_draws(
-    task: str, dataset_dir: str, folder: Path, draws: int, test_fraction: float, split_by: str, slices_per_case: int
+    task: str,
+    dataset_dir: str,
+    folder: Path,
+    draws: int,
+    test_fraction: float,
+    split_by: str,
+    slices_per_case: int,
+    budget: Mapping[str, int],
 ) -> list[tuple[Path, dict[str, list[dict]]]]:
     """The data lists of all draws, written to ``folder``, or read where an earlier call has written the same."""
     names, spatial_dims = TASKS[task]
@@ -284,11 +286,11 @@ def prepare_draws(
     lists = []
     for draw, splits in enumerate(disjoint_draws(pairs, draws, test_fraction, split_by=split_by)):
         path = folder / f"draw{draw}.json"
-        text = json.dumps({"split_by": split_by, **splits}, indent=4) + "\n"
+        text = json.dumps({"split_by": split_by, **budget, **splits}, indent=4) + "\n"
         if path.is_file() and path.read_text(encoding="utf-8") != text:
             raise ValueError(
-                f"{path} was written for other data, another test_fraction or split_by: choose another output_dir, so"
-                " that a table is of one protocol."
+                f"{path} was written for other data, test_fraction, split_by, max_epochs or steps: choose another"
+                " output_dir, so that a table is of one protocol."
             )
         with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -404,7 +406,8 @@ def main(
         raise ValueError(f"No system '{unknown[0]}': there are {', '.join(known)}; describe others with more.")
     folder = Path(output_dir).absolute() / task
     rows = {name: known[name] for name in known if name in chosen}
-    lists = prepare_draws(task, dataset_dir, folder, draws, test_fraction, split_by, slices_per_case)
+    budget = {"max_epochs": max_epochs, "steps": steps}
+    lists = prepare_draws(task, dataset_dir, folder, draws, test_fraction, split_by, slices_per_case, budget)
     shared = {"dataset_dir": str(Path(dataset_dir).absolute()), "modalities": TASKS[task][0], **overrides}
     todo: dict[Path, dict[str, Any]] = {}
     for draw, (datalist, splits) in enumerate(lists):
@@ -427,8 +430,7 @@ def main(
     note = {
         "pairs": [{name: len(pairs) for name, pairs in splits.items()} for _, splits in lists],
         "split_by": split_by,
-        "max_epochs": max_epochs,
-        "steps": steps,
+        **budget,
         "weights": dict(weights or {}),
         "configs": list(configs),
         "overrides": {key: str(value) for key, value in overrides.items()},
