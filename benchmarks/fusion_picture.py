@@ -66,7 +66,11 @@ def fit(picture: Image.Image, box: tuple[int, int, int, int] | None = None) -> I
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     resized = picture.resize(size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BICUBIC)
     if box is not None:
-        ImageDraw.Draw(resized).rectangle([round(edge * scale) for edge in box], outline=255)
+        left, upper, right, lower = (round(edge * scale) for edge in box)
+        pen = ImageDraw.Draw(resized)
+        # seen on white and on black
+        pen.rectangle((left, upper, right, lower), outline=255)
+        pen.rectangle((left + 1, upper + 1, right - 1, lower - 1), outline=0)
     tile = Image.new("L", (TILE, TILE), 0)
     tile.paste(resized, ((TILE - size[0]) // 2, (TILE - size[1]) // 2))
     return tile

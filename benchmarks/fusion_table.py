@@ -21,6 +21,7 @@ torch, MONAI, pytorch-ignite, nibabel, Pillow and fire.
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import sys
 import time
@@ -149,6 +150,9 @@ def workflow(configs: Sequence[str], spatial_dims: int, **settings: Any) -> Conf
     """An initialised workflow of the bundle."""
     names = [*configs, *(["volume"] if spatial_dims == 3 else [])]
     files = [str(BUNDLE / "configs" / f"{name}.json") for name in names]
+    # it warns of the folder of the baselines, once a run
+    logging.getLogger("monai.bundle.workflows").setLevel(logging.ERROR)
+    settings = {"train#dataset#progress": False, "validate#dataset#progress": False, **settings}
     flow = ConfigWorkflow(files, workflow_type="train", logging_file=False, bundle_root=str(BUNDLE), **settings)
     flow.initialize()
     return flow
@@ -308,7 +312,8 @@ def outcomes(todo: Mapping[Path, dict[str, Any]], jobs: int) -> Iterator[tuple[P
             except Exception as error:
                 yield path, error
         return
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(2,)) as pool:
         running = {pool.submit(train_and_evaluate, path, **job): path for path, job in todo.items()}
         try:
             for done in as_completed(running):
@@ -394,7 +399,7 @@ def main(
         overrides: ids of the configs, e.g. ``--num_workers 2 --device cuda:0 --train#sampler#num_samples 800``.
 
     Raises:
-        ValueError: when a task or row is unknown, or ``output_dir`` holds another protocol.
+        ValueError: when a task or row is unknown, a label is given twice, or ``output_dir`` holds another protocol.
         RuntimeError: when runs have failed; the others are kept and stand in the table.
     """
     started = time.monotonic()
@@ -406,6 +411,9 @@ def main(
         raise ValueError(f"No system '{unknown[0]}': there are {', '.join(known)}; describe others with more.")
     folder = Path(output_dir).absolute() / task
     rows = {name: known[name] for name in known if name in chosen}
+    labels = [row.get("label", name) for name, row in rows.items()]
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise ValueError(f"Two systems are labelled '{twice[0]}': give each its own label.")
     budget = {"max_epochs": max_epochs, "steps": steps}
     lists = prepare_draws(task, dataset_dir, folder, draws, test_fraction, split_by, slices_per_case, budget)
     shared = {"dataset_dir": str(Path(dataset_dir).absolute()), "modalities": TASKS[task][0], **overrides}

@@ -70,7 +70,10 @@ def test_run_fail_and_go_on(table, slices, tmp_path, capsys):
 
     # nothing is done twice; the weights of one system may be loaded for another of the same network
     loaded = {"again": str(tmp_path / "mri-ct" / "small" / "draw{draw}" / "model.pt")}
-    rows, more = ["copy_mri", "average", "optimum_joint", "small", "again"], {"small": SMALL, "again": SMALL}
+    rows, more = ["copy_mri", "average", "optimum_joint", "small", "again"], {
+        "small": SMALL,
+        "again": {**SMALL, "label": "again"},
+    }
     capsys.readouterr()
     table.main("mri-ct", slices, str(tmp_path), rows, more, loaded, **SETTINGS)
     assert {path: when for path, when in times(tmp_path).items() if path in written} == written
@@ -158,6 +161,8 @@ def test_unknown_names(table, slices, tmp_path):
         table.main("ct-mri", slices, str(tmp_path))
     with pytest.raises(ValueError, match="No system 'densefuse'"):
         table.main("mri-ct", slices, str(tmp_path), ["densefuse"])
+    with pytest.raises(ValueError, match="Two systems are labelled 'average'"):
+        table.main("mri-ct", slices, str(tmp_path), ["average", "other"], {"other": {"label": "average"}})
     assert not list(tmp_path.iterdir())
 
 
