@@ -349,7 +349,9 @@ def report(folder: Path, task: str, rows: Mapping[str, Mapping[str, Any]], draws
     for extension, text in texts.items():
         with replacing(folder.parent / f"{task}.{extension}") as temporary:
             temporary.write_text(text, encoding="utf-8")
-    files = {row["label"]: folder / row["name"] / "draw0" / "pictures.pt" for row in table}
+    # the sources are in the picture anyway
+    shown = [row for row in table if not row["name"].startswith("copy_")]
+    files = {row["label"]: folder / row["name"] / "draw0" / "pictures.pt" for row in shown}
     kept = {label: torch.load(path, weights_only=True) for label, path in files.items() if path.is_file()}
     if kept:
         draw_systems(folder.parent / f"{task}.png", kept, TASKS[task][0])
