@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from scripts.data import SPLITS, dataset_root, find_pairs, read_datalist, replacing
 
-__all__ = ["make_splits", "pair_splits", "task_weights"]
+__all__ = ["disjoint_draws", "make_splits", "pair_splits", "task_weights"]
 
 
 def make_splits(
@@ -94,6 +94,58 @@ def make_splits(
     for unit, pair in zip(units, pairs):
         splits[assigned.get(unit, "training")].append(pair)
     return splits
+
+
+def disjoint_draws(
+    pairs: Sequence[dict], draws: int = 3, test_fraction: float = 0.2, seed: int = 0, split_by: str = "subject"
+) -> list[dict[str, list[dict]]]:
+    """
+    Divide pairs into training and test several times, so that no pair is tested twice; each task by itself. There are
+    fewer draws than asked for where the subjects do not suffice: two subjects give two.
+
+    Args:
+        pairs: items with ``subject`` and ``task``, as :func:`find_pairs` returns them.
+        draws: how many divisions.
+        test_fraction: share of a task's pairs in each test, met as nearly as whole subjects can.
+        seed: decides the order in which subjects are dealt.
+        split_by: ``"subject"``, or ``"slice"`` for single pairs at random, see :func:`make_splits`.
+
+    Raises:
+        ValueError: when an argument is out of range, or there is a single subject.
+    """
+    if split_by not in ("subject", "slice"):
+        raise ValueError(f"split_by must be 'subject' or 'slice', not '{split_by}'.")
+    if draws < 1 or not 0 < test_fraction * draws <= 1:
+        raise ValueError(f"{draws} disjoint tests of {test_fraction} of the pairs each are not to be had.")
+    units = [str(pair["subject"] if split_by == "subject" else index) for index, pair in enumerate(pairs)]
+    sizes: dict[str, Counter[str]] = defaultdict(Counter)
+    for unit, pair in zip(units, pairs):
+        sizes[pair.get("task", "")][unit] += 1
+    draw_of: dict[str, int] = {}
+    for task in sorted(sizes):
+        order = sorted(sizes[task])
+        np.random.RandomState(seed).shuffle(order)
+        held, target = [0] * draws, test_fraction * sizes[task].total()
+        for unit in order if len(order) > 1 else ():
+            size = sizes[task][unit]
+            fitting = [k for k in range(draws) if held[k] == 0 or held[k] + size / 2 <= target]
+            # a subject may have come with another task already
+            if fitting and unit not in draw_of:
+                draw_of[unit] = fitting[0]
+            if unit in draw_of:
+                held[draw_of[unit]] += size
+    if not draw_of:
+        raise ValueError(
+            f"{len(set(units))} subject(s) are too few to train with some and test with others: tell them apart with"
+            " subject_pattern, or split_by 'slice'."
+        )
+    return [
+        {
+            "training": [pair for unit, pair in zip(units, pairs) if draw_of.get(unit) != draw],
+            "test": [pair for unit, pair in zip(units, pairs) if draw_of.get(unit) == draw],
+        }
+        for draw in sorted(set(draw_of.values()))
+    ]
 
 
 def pair_splits(
