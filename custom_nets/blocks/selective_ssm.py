@@ -18,7 +18,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from custom_nets.ops import scan_backend, selective_scan_channels_last, to_raster, to_sequences
+from custom_nets.ops import (
+    directional_conv,
+    directional_scan,
+    selective_scan_channels_last,
+    to_raster,
+    to_sequences,
+    walks_in_place,
+)
 
 __all__ = ["DirectionalSSM"]
 
@@ -80,7 +87,7 @@ class DirectionalSSM(nn.Module):
             ``(B, L, channels)``.
         """
         if not torch.jit.is_scripting():
-            if scan_backend(x.device, x.dtype) == "triton":
+            if walks_in_place(x):
                 return self._walk(x, spatial_shape, condition)
         content = to_sequences(x, spatial_shape, self.orders)
         content = F.silu(self._causal_conv(content))
@@ -94,23 +101,9 @@ class DirectionalSSM(nn.Module):
     @torch.jit.unused
     def _walk(self, x: torch.Tensor, spatial_shape: list[int], condition: Optional[torch.Tensor]) -> torch.Tensor:
         """The same by kernels that walk raster tokens in the order of each direction: no copies in that order."""
-        from custom_nets.ops.directional_conv_triton import directional_conv_triton
-        from custom_nets.ops.selective_scan_triton import selective_scan_triton
-
-        content = directional_conv_triton(x, self.conv_weight, self.conv_bias, self.orders, spatial_shape)
+        content = directional_conv(x, self.conv_weight, self.conv_bias, self.orders, spatial_shape)
         delta, A, B, C = self._matrices(content if condition is None else condition.unsqueeze(1))
-        y = selective_scan_triton(
-            content,
-            delta,
-            A,
-            B,
-            C,
-            self.D,
-            self.step_bias,
-            delta_softplus=True,
-            orders=self.orders,
-            spatial_shape=spatial_shape,
-        )
+        y = directional_scan(content, delta, A, B, C, self.D, self.step_bias, self.orders, spatial_shape)
         # Autocast would sum copies in float32. Not a mean: only a sum hands one gradient to all directions as it is.
         with torch.autocast(x.device.type, enabled=False):
             return y.sum(dim=1) / len(self.orders)

@@ -9,6 +9,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+from custom_nets.ops.directional import directional_conv, directional_scan, walks_in_place
 from custom_nets.ops.fusion_rules import fusion_rule, register_rule, rule_names
 from custom_nets.ops.scan_orders import SCANS, scan_orders, to_raster, to_sequences
 from custom_nets.ops.selective_scan import BACKEND_VARIABLE, scan_backend, selective_scan, selective_scan_channels_last
@@ -16,6 +17,8 @@ from custom_nets.ops.selective_scan import BACKEND_VARIABLE, scan_backend, selec
 __all__ = [
     "BACKEND_VARIABLE",
     "SCANS",
+    "directional_conv",
+    "directional_scan",
     "fusion_rule",
     "register_rule",
     "rule_names",
@@ -25,4 +28,5 @@ __all__ = [
     "selective_scan_channels_last",
     "to_raster",
     "to_sequences",
+    "walks_in_place",
 ]

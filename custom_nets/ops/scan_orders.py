@@ -13,10 +13,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
-__all__ = ["SCANS", "scan_orders", "to_sequences", "to_raster"]
+__all__ = ["SCANS", "flatten_orders", "scan_orders", "scan_places", "to_sequences", "to_raster"]
 
 # name -> spatial dimensions -> axis orders, outermost axis first; "raster" alone reads in one direction only.
 SCANS: dict[str, dict[int, list[list[int]]]] = {
@@ -73,3 +77,17 @@ def to_raster(sequences: Tensor, spatial_shape: list[int], orders: list[tuple[li
         grid = sequence.unflatten(1, [spatial_shape[axis] for axis in axes])
         rasters.append(grid.permute([0] + [axis + 1 for axis in inverse] + [len(axes) + 1]).flatten(1, -2))
     return torch.stack(rasters, dim=1)
+
+
+def flatten_orders(orders: Sequence[tuple[Sequence[int], bool]]) -> list[int]:
+    """Directions as an operator takes them: the axes of each followed by whether it is reversed."""
+    return [number for axes, backward in orders for number in (*axes, int(backward))]
+
+
+@lru_cache(maxsize=8)
+def scan_places(orders: tuple[int, ...], spatial_shape: tuple[int, ...]) -> Tensor:
+    """Raster index of each token of each direction, ``(K, L)`` int64 on the CPU, for :py:func:`flatten_orders`'s."""
+    rows = zip(*[iter(orders)] * (len(spatial_shape) + 1))
+    directions = [(list(row[:-1]), bool(row[-1])) for row in rows]
+    raster = torch.arange(math.prod(spatial_shape)).view(1, -1, 1)
+    return to_sequences(raster, list(spatial_shape), directions).view(len(directions), -1).contiguous()

@@ -29,13 +29,16 @@ import shlex
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "OBSTACLE", "selective_scan_cpp"]
+from custom_nets.ops.scan_orders import flatten_orders, scan_places
+
+__all__ = ["CHUNK", "DTYPES", "OBSTACLE", "call_library", "selective_scan_cpp"]
 
 # Tokens between two states that are kept for the backward.
 CHUNK = 64
@@ -107,10 +110,11 @@ if OBSTACLE:
     warnings.warn(f"the selective scan will be several times slower on this CPU: {OBSTACLE}.", stacklevel=2)
 
 
-_SIZES = ("batch", "directions", "length", "channels", "states", "groups", "softplus", "threads")
+_SIZES = ("batch", "directions", "length", "channels", "states", "groups", "softplus", "threads", "width")
 _SEQUENCES = ("u", "delta", "out", "grad", "grad_u", "grad_delta")
 _MATRICES = ("B", "C")
 _ARRAYS = ("A", "D", "bias", "borders", "grad_A", "grad_D", "grad_bias", "grad_B", "grad_C")
+_ARRAYS += ("taps", "grad_taps", "places")
 
 
 class _Sequence(ctypes.Structure):
@@ -133,20 +137,37 @@ class _Arguments(ctypes.Structure):
 
 
 def _inputs(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Optional[Tensor], bias: Optional[Tensor]
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Optional[Tensor],
+    bias: Optional[Tensor],
+    orders: Sequence[int],
+    spatial_shape: Sequence[int],
 ) -> dict[str, Tensor]:
-    """Inputs as the library takes them, by the names of its arguments."""
+    """Inputs as the library takes them, by the names of its arguments; the tokens lie in order without ``orders``."""
     B, C = (x.float() for x in (B, C))
     B, C = (x if x.stride(3) == 1 else x.contiguous() for x in (B, C))
     delta = delta if delta.dtype in DTYPES else delta.float()
     arrays = {name: x.float().contiguous() for name, x in (("A", A), ("D", D), ("bias", bias)) if x is not None}
+    if orders:
+        arrays["places"] = scan_places(tuple(orders), tuple(spatial_shape))
     return {"u": u, "delta": delta, "B": B, "C": C, **arrays}
 
 
-def _call(name: str, delta_softplus: bool, groups: int, tensors: dict[str, Tensor]) -> None:
+def call_library(name: str, tensors: dict[str, Tensor], **sizes: int) -> None:
+    """Calls a function of the library with tensors and sizes by the names of its arguments.
+
+    Raises:
+        RuntimeError: if the library could not be built.
+    """
+    if _LIBRARY is None:
+        raise RuntimeError(OBSTACLE)
+    shape = dict(zip(_SIZES, tensors["u"].shape))
     # Asking for the number of threads makes the calling thread use it, too.
-    threads = torch.get_num_threads()
-    arguments = _Arguments(*tensors["u"].shape, tensors["A"].shape[2], groups, delta_softplus, threads)
+    arguments = _Arguments(**shape, threads=torch.get_num_threads(), **sizes)
     for key, x in tensors.items():
         value: Any = x.data_ptr()
         if key in _SEQUENCES:
@@ -165,14 +186,15 @@ def _blocks(channels: int) -> int:
 
 
 _ARGUMENTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias"
+_ORDERS = "int[] orders=[], SymInt[] spatial_shape=[]"
 _FORWARD, _BACKWARD = (f"custom_nets::selective_scan_cpu_{name}" for name in ("forward", "backward"))
 # torch.library.custom_op would do the same, but its first call imports all of torch.compile: a second or more.
 torch.library.define(
-    _FORWARD, f"({_ARGUMENTS}, bool delta_softplus) -> (Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag
+    _FORWARD, f"({_ARGUMENTS}, bool delta_softplus, {_ORDERS}) -> (Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag
 )
 torch.library.define(
     _BACKWARD,
-    f"(Tensor grad, {_ARGUMENTS}, Tensor borders, bool delta_softplus)"
+    f"(Tensor grad, {_ARGUMENTS}, Tensor borders, bool delta_softplus, {_ORDERS})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
@@ -188,17 +210,19 @@ def _forward(
     D: Optional[Tensor],
     delta_bias: Optional[Tensor],
     delta_softplus: bool,
+    orders: Sequence[int] = (),
+    spatial_shape: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:
     """Outputs ``(B, K, L, D)``, laid out as u, and states at the borders of chunks, ``(B, K, chunks + 1, N, D)``."""
     blocks = _blocks(u.shape[3])
     y, borders = _fake_forward(u, delta, A, B, C, D, delta_bias, delta_softplus)
-    tensors = {**_inputs(u, delta, A, B, C, D, delta_bias), "out": y, "borders": borders}
-    _call("selective_scan_forward", delta_softplus, blocks, tensors)
+    tensors = {**_inputs(u, delta, A, B, C, D, delta_bias, orders, spatial_shape), "out": y, "borders": borders}
+    call_library("selective_scan_forward", tensors, states=A.shape[2], groups=blocks, softplus=delta_softplus)
     return y, borders
 
 
 @torch.library.register_fake(_FORWARD)
-def _fake_forward(u, delta, A, B, C, D, delta_bias, delta_softplus):
+def _fake_forward(u, delta, A, B, C, D, delta_bias, delta_softplus, orders=(), spatial_shape=()):
     borders = (u.shape[2] + 2 * CHUNK - 1) // CHUNK
     shape = (u.shape[0], u.shape[1], borders, A.shape[2], u.shape[3])
     return torch.empty_like(u), u.new_empty(shape, dtype=torch.float32)
@@ -216,6 +240,8 @@ def _backward(
     delta_bias: Optional[Tensor],
     borders: Tensor,
     delta_softplus: bool,
+    orders: Sequence[int] = (),
+    spatial_shape: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, delta, A, B, C, D and the bias, the last two also where there are none."""
     batch, directions, length, channels = u.shape
@@ -226,7 +252,7 @@ def _backward(
     def buffer(*shape: int) -> Tensor:
         return u.new_empty(shape, dtype=torch.float32)
 
-    inputs = _inputs(u, delta, A, B, C, D, delta_bias)
+    inputs = _inputs(u, delta, A, B, C, D, delta_bias, orders, spatial_shape)
     grad_u, grad_delta = (torch.empty_like(inputs[name]) for name in ("u", "delta"))
     sums = {
         "grad_A": buffer(batch, directions, channels, states),
@@ -236,7 +262,8 @@ def _backward(
         "grad_bias": buffer(batch, directions, channels),
     }
     tensors = {"grad": grad, "grad_u": grad_u, "grad_delta": grad_delta, "borders": borders}
-    _call("selective_scan_backward", delta_softplus, groups, {**inputs, **sums, **tensors})
+    sizes = {"states": states, "groups": groups, "softplus": delta_softplus}
+    call_library("selective_scan_backward", {**inputs, **sums, **tensors}, **sizes)
     grad_A, grad_B, grad_C, grad_D, grad_bias = (x.sum(0) for x in sums.values())
     return (
         grad_u,
@@ -250,22 +277,23 @@ def _backward(
 
 
 @torch.library.register_fake(_BACKWARD)
-def _(grad, u, delta, A, B, C, D, delta_bias, borders, delta_softplus):
+def _(grad, u, delta, A, B, C, D, delta_bias, borders, delta_softplus, orders=(), spatial_shape=()):
     matrices = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (A, B, C)]
     vectors = [u.new_empty((u.shape[1], u.shape[3]), dtype=torch.float32) for _ in range(2)]
     return torch.empty_like(u), torch.empty_like(delta), *matrices, *vectors
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.delta_softplus = inputs
+    *tensors, ctx.delta_softplus, ctx.orders, ctx.spatial_shape = inputs
     ctx.save_for_backward(*tensors, output[1])
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, grad: Optional[Tensor], _: None) -> tuple[Optional[Tensor], ...]:
     *tensors, borders = ctx.saved_tensors
-    grads = torch.ops.custom_nets.selective_scan_cpu_backward(grad, *tensors, borders, ctx.delta_softplus)
-    return *(None if x is None else g for x, g in zip(tensors, grads)), None
+    constants = (ctx.delta_softplus, ctx.orders, ctx.spatial_shape)
+    grads = torch.ops.custom_nets.selective_scan_cpu_backward(grad, *tensors, borders, *constants)
+    return *(None if x is None else g for x, g in zip(tensors, grads)), None, None, None
 
 
 torch.library.register_autograd(_FORWARD, _differentiate, setup_context=_setup_context)
@@ -280,6 +308,8 @@ def selective_scan_cpp(
     D: Optional[Tensor] = None,
     delta_bias: Optional[Tensor] = None,
     delta_softplus: bool = False,
+    orders: Sequence[tuple[Sequence[int], bool]] = (),
+    spatial_shape: Sequence[int] = (),
 ) -> Tensor:
     """:py:func:`custom_nets.ops.selective_scan_channels_last` for float32, bfloat16 and float16 on a CPU.
 
@@ -292,8 +322,13 @@ def selective_scan_cpp(
         A: ``(K, D, N)``.
         B, C: ``(B, K, L, N)``; views whose states lie side by side are read where they are.
         D, delta_bias: ``(K, D)``.
+        orders: if given, all tensors are in raster order of ``spatial_shape``, and each direction walks them by itself,
+            see :py:func:`custom_nets.ops.scan_orders`.
 
     Returns:
         ``(B, K, L, D)`` in dtype and layout of ``u``; once differentiable.
     """
-    return torch.ops.custom_nets.selective_scan_cpu_forward(u, delta, A, B, C, D, delta_bias, delta_softplus)[0]
+    flat = flatten_orders(orders)
+    return torch.ops.custom_nets.selective_scan_cpu_forward(
+        u, delta, A, B, C, D, delta_bias, delta_softplus, flat, spatial_shape
+    )[0]

@@ -9,11 +9,11 @@
 // See the License for the specific language governing permissions and
 // limitations under the License.
 
-// Selective scan on a CPU, built and called by custom_nets/ops/selective_scan_cpp.py.
+// Selective scan and causal convolution on a CPU, built and called by custom_nets/ops/selective_scan_cpp.py.
 //
 // A vector holds one number of LANES channels. A task owns some of those blocks of channels of one sequence and walks
-// their tokens in tiles of CHUNK: it reads a tile from wherever its strides say, and states stay in registers, eight at
-// a time. The forward keeps the state that enters each tile; the backward takes the tiles from the last to the first and
+// their tokens in tiles of CHUNK: it reads a tile from wherever the order of its direction and strides say, and states
+// stay in registers, eight at a time. The forward keeps the state that enters each tile; the backward takes the tiles from the last to the first and
 // runs each again from there. Sums over channels go through a buffer for each task, so that results do not depend on
 // the number of threads.
 //
@@ -55,13 +55,16 @@ struct Matrix {
 
 // Float32 tensors that are not described otherwise are contiguous; those that a call has no use for are null.
 struct Arguments {
-  int64_t batch, directions, length, channels, states, groups, softplus, threads;
+  int64_t batch, directions, length, channels, states, groups, softplus, threads, width;
   Sequence u, delta, out, grad, grad_u, grad_delta;  // grad is the gradient of out
   Matrix B, C;
   const float *A, *D, *bias;           // (directions, channels, states) and (directions, channels)
   float* borders;                      // (batch, directions, chunks + 1, states, channels)
   float *grad_A, *grad_D, *grad_bias;  // (batch, directions, channels, states) and (batch, directions, channels)
   float *grad_B, *grad_C;              // (groups, batch, directions, length, states)
+  const float* taps;                   // (directions, width, channels)
+  float* grad_taps;                    // (batch, directions, width, channels)
+  const int64_t* places;               // (directions, length): where each token lies; null if tokens lie in order
 };
 
 // ---- numbers -------------------------------------------------------------------------------------------------------
@@ -198,10 +201,12 @@ inline Vec sums(Vec* x) {
 
 // ---- tiles ---------------------------------------------------------------------------------------------------------
 
-// One sequence's tokens [start, start + tokens), and the channels of a block.
+// One sequence's tokens [start, start + tokens), where they lie, and the channels of a block.
 struct Range {
   int64_t batch, direction, start, channel;
   int tokens, channels;
+  bool adjacent;
+  int64_t place[CHUNK];
 };
 
 template <class T>
@@ -222,16 +227,16 @@ template <class T>
 void read_as(const T* x, int64_t token, int64_t channel, const Range& r, Vec* tile) {
   int done = 0;
   if (r.channels == LANES && channel == 1) {
-    for (; done < r.tokens; ++done) tile[done] = load_lanes(x + done * token);
-  } else if (r.channels == LANES && token == 1) {
+    for (; done < r.tokens; ++done) tile[done] = load_lanes(x + r.place[done] * token);
+  } else if (r.channels == LANES && token == 1 && r.adjacent) {
     for (; done + LANES <= r.tokens; done += LANES) {
-      for (int i = 0; i < LANES; ++i) tile[done + i] = load_lanes(x + i * channel + done);
+      for (int i = 0; i < LANES; ++i) tile[done + i] = load_lanes(x + i * channel + r.place[done]);
       transpose(tile + done);
     }
   }
   for (; done < r.tokens; ++done) {
     float y[LANES] = {};
-    for (int i = 0; i < r.channels; ++i) y[i] = x[done * token + i * channel];
+    for (int i = 0; i < r.channels; ++i) y[i] = x[r.place[done] * token + i * channel];
     tile[done] = load(y);
   }
 }
@@ -240,22 +245,22 @@ template <class T>
 void write_as(T* x, int64_t token, int64_t channel, const Range& r, const Vec* tile) {
   int done = 0;
   if (r.channels == LANES && channel == 1) {
-    for (; done < r.tokens; ++done) store_lanes(x + done * token, tile[done]);
-  } else if (r.channels == LANES && token == 1) {
+    for (; done < r.tokens; ++done) store_lanes(x + r.place[done] * token, tile[done]);
+  } else if (r.channels == LANES && token == 1 && r.adjacent) {
     for (; done + LANES <= r.tokens; done += LANES) {
       Vec rows[LANES];
       for (int i = 0; i < LANES; ++i) rows[i] = tile[done + i];
       transpose(rows);
-      for (int i = 0; i < LANES; ++i) store_lanes(x + i * channel + done, rows[i]);
+      for (int i = 0; i < LANES; ++i) store_lanes(x + i * channel + r.place[done], rows[i]);
     }
   }
   for (; done < r.tokens; ++done)
-    for (int i = 0; i < r.channels; ++i) x[done * token + i * channel] = T(tile[done][i]);
+    for (int i = 0; i < r.channels; ++i) x[r.place[done] * token + i * channel] = T(tile[done][i]);
 }
 
 template <class Call>
 inline void with_type(const Sequence& s, const Range& r, Call call) {
-  int64_t offset = r.batch * s.batch + r.direction * s.direction + r.start * s.token + r.channel * s.channel;
+  int64_t offset = r.batch * s.batch + r.direction * s.direction + r.channel * s.channel;
   if (s.type == FLOAT32) call(static_cast<float*>(s.data) + offset);
   if (s.type == BFLOAT16) call(static_cast<BFloat16*>(s.data) + offset);
   if (s.type == FLOAT16) call(static_cast<Float16*>(s.data) + offset);
@@ -316,7 +321,7 @@ struct Block {
 };
 
 const float* tokens_of(const Matrix& m, const Range& r) {
-  return m.data + r.batch * m.batch + r.direction * m.direction + r.start * m.token;
+  return m.data + r.batch * m.batch + r.direction * m.direction;
 }
 
 // Calls a function for all states, as many at once as the function is compiled for.
@@ -337,13 +342,13 @@ void advance(const Range& r, const Matrix& B, const Matrix& C, int64_t n, Block&
   for (int i = 0; i < G; ++i) x[i] = block.state[n + i], A[i] = block.A_log2[n + i];
   for (int t = 0; t < r.tokens; ++t) {
     Vec step = block.step[t], drive = block.drive[t], y = block.out[t];
+    const float *b_t = b + r.place[t] * B.token, *c_t = c + r.place[t] * C.token;
 #pragma GCC unroll 8
     for (int i = 0; i < G; ++i) {
-      x[i] = exp2(step * A[i]) * x[i] + drive * b[i];
-      y += x[i] * c[i];
+      x[i] = exp2(step * A[i]) * x[i] + drive * b_t[i];
+      y += x[i] * c_t[i];
     }
     block.out[t] = y;
-    b += B.token, c += C.token;
   }
   for (int i = 0; i < G; ++i) block.state[n + i] = x[i];
 }
@@ -356,14 +361,14 @@ void retrace(const Range& r, const Matrix& B, int64_t n, Block& block) {
   for (int i = 0; i < G; ++i) block.states[i] = x[i] = block.state[n + i], A[i] = block.A_log2[n + i];
   for (int t = 0; t < r.tokens; ++t) {
     Vec step = block.step[t], drive = block.drive[t];
+    const float* b_t = b + r.place[t] * B.token;
 #pragma GCC unroll 8
     for (int i = 0; i < G; ++i) {
       Vec decay = exp2(step * A[i]);
-      x[i] = decay * x[i] + drive * b[i];
+      x[i] = decay * x[i] + drive * b_t[i];
       block.decays[t * G + i] = decay;
       block.states[(t + 1) * G + i] = x[i];
     }
-    b += B.token;
   }
 }
 
@@ -380,7 +385,7 @@ inline void add_sums(Vec* products, float* out, bool first) {
 }
 
 // Gradients that come through G states, from the last token of a tile to its first; the gradient of the outputs is in
-// `out`. `first` says that nothing is in grad_B and grad_C yet, which begin at the tile's first token.
+// `out`. `first` says that nothing is in grad_B and grad_C yet, which begin at the sequence's first place.
 template <int G>
 void go_back(
     const Range& r, const Matrix& B, const Matrix& C, int64_t n, float* grad_B, float* grad_C, int64_t states, bool first,
@@ -395,18 +400,18 @@ void go_back(
     Vec products[G];
 #pragma GCC unroll 8
     for (int i = 0; i < G; ++i) products[i] = out * before[G + i];
-    add_sums<G>(products, grad_C + t * states + n, first);
+    add_sums<G>(products, grad_C + r.place[t] * states + n, first);
 #pragma GCC unroll 8
     for (int i = 0; i < G; ++i) {
-      Vec g = later[i] + out * c[t * C.token + i];
+      Vec g = later[i] + out * c[r.place[t] * C.token + i];
       products[i] = drive * g;
-      grad_drive += g * b[t * B.token + i];
+      grad_drive += g * b[r.place[t] * B.token + i];
       later[i] = decay[i] * g;
       Vec exponent = later[i] * before[i];
       grad_step += exponent * block.A[n + i];
       grad_A[i] += exponent * step;
     }
-    add_sums<G>(products, grad_B + t * states + n, first);
+    add_sums<G>(products, grad_B + r.place[t] * states + n, first);
     block.grad_drive[t] = grad_drive;
     block.grad_step[t] = grad_step;
   }
@@ -427,7 +432,7 @@ void for_blocks(const Arguments& a, Call call) {
     int64_t begin = group * blocks / a.groups, end = (group + 1) * blocks / a.groups;
     for (int64_t i = begin; i < end; ++i) {
       int64_t left = a.channels - i * LANES;
-      Range r{row / a.directions, row % a.directions, 0, i * LANES, 0, int(left < LANES ? left : LANES)};
+      Range r{row / a.directions, row % a.directions, 0, i * LANES, 0, int(left < LANES ? left : LANES), true, {}};
       block.begin(a, r);
       call(r, group, i == begin, block);
     }
@@ -445,9 +450,17 @@ void keep_state(const Arguments& a, const Range& r, int64_t chunk, const Block& 
   for (int64_t n = 0; n < a.states; ++n) scatter(x + n * a.channels, 1, r.channels, block.state[n]);
 }
 
+void set_tokens(const Arguments& a, Range& r, int64_t start, int64_t end) {
+  r.start = start;
+  r.tokens = int(end - start);
+  r.adjacent = !a.places;
+  const int64_t* places = a.places ? a.places + r.direction * a.length : nullptr;
+  for (int t = 0; t < r.tokens; ++t) r.place[t] = places ? places[start + t] : start + t;
+}
+
 void set_chunk(const Arguments& a, Range& r, int64_t chunk) {
-  r.start = chunk * CHUNK;
-  r.tokens = int(a.length - r.start < CHUNK ? a.length - r.start : CHUNK);
+  int64_t start = chunk * CHUNK;
+  set_tokens(a, r, start, start + CHUNK < a.length ? start + CHUNK : a.length);
 }
 
 void forward(const Arguments& a) {
@@ -475,7 +488,7 @@ void backward(const Arguments& a) {
       block.read_inputs(a, r);
       read(a.grad, r, block.out);
       for (int t = 0; t < r.tokens; ++t) block.grad_drive[t] = block.grad_step[t] = Vec{};
-      float *grad_B = a.grad_B + (tokens + r.start) * a.states, *grad_C = a.grad_C + (tokens + r.start) * a.states;
+      float *grad_B = a.grad_B + tokens * a.states, *grad_C = a.grad_C + tokens * a.states;
       for_states(a.states, [&](int64_t n, auto g) {
         retrace<g()>(r, a.B, n, block);
         go_back<g()>(r, a.B, a.C, n, grad_B, grad_C, a.states, first, block);
@@ -500,10 +513,114 @@ void backward(const Arguments& a) {
   });
 }
 
+// ---- causal convolution --------------------------------------------------------------------------------------------
+
+// A convolution's tile with the width - 1 tokens before it, and behind it, going back, the gradients that follow it.
+struct Window {
+  int64_t history;
+  std::vector<Vec> taps, x, grads, grad_taps;
+  Vec bias, grad_bias, tile[CHUNK];
+
+  explicit Window(int64_t width)
+      : history(width - 1), taps(width), x(CHUNK + width), grads(CHUNK + width), grad_taps(width) {}
+
+  void begin(const Arguments& a, const Range& r) {
+    for (int64_t j = 0; j <= history; ++j) {
+      taps[j] = gather(a.taps + (r.direction * a.width + j) * a.channels + r.channel, 1, r.channels);
+      grad_taps[j] = Vec{};
+    }
+    bias = gather(a.bias + r.direction * a.channels + r.channel, 1, r.channels);
+    grad_bias = Vec{};
+    for (int64_t j = 0; j < history; ++j) grads[j] = Vec{};
+  }
+
+  void read_inputs(const Arguments& a, const Range& r) {
+    Range before = r;
+    set_tokens(a, before, r.start > history ? r.start - history : 0, r.start);
+    for (int64_t j = 0; j < history - before.tokens; ++j) x[j] = Vec{};
+    read(a.u, before, x.data() + history - before.tokens);
+    read(a.u, r, x.data() + history);
+  }
+
+  Vec convolve(int64_t t) const {
+    Vec total = bias;
+    for (int64_t j = 0; j <= history; ++j) total += x[t + j] * taps[j];
+    return total;
+  }
+};
+
+inline Vec sigmoid(Vec x) {
+  Vec e = exp_negative(x < 0.0f ? x : -x), inverse = 1.0f / (1.0f + e);
+  return x < 0.0f ? e * inverse : inverse;
+}
+
+// Calls a function for each direction of each block of channels, those of one block one after the other.
+template <class Call>
+void for_windows(const Arguments& a, Call call) {
+  int64_t blocks = (a.channels + LANES - 1) / LANES, tasks = a.batch * blocks;
+#pragma omp parallel for schedule(dynamic) if (a.threads > 1)
+  for (int64_t task = 0; task < tasks; ++task) {
+    int64_t channel = task % blocks * LANES, left = a.channels - channel;
+    Window window(a.width);
+    for (int64_t k = 0; k < a.directions; ++k) {
+      Range r{task / blocks, k, 0, channel, 0, int(left < LANES ? left : LANES), true, {}};
+      window.begin(a, r);
+      call(r, window);
+    }
+  }
+}
+
+void convolve(const Arguments& a) {
+  for_windows(a, [&](Range r, Window& window) {
+    for (int64_t chunk = 0; chunk * CHUNK < a.length; ++chunk) {
+      set_chunk(a, r, chunk);
+      window.read_inputs(a, r);
+      for (int t = 0; t < r.tokens; ++t) {
+        Vec value = window.convolve(t);
+        window.tile[t] = value * sigmoid(value);
+      }
+      write(a.out, r, window.tile);
+    }
+  });
+}
+
+void convolve_back(const Arguments& a) {
+  for_windows(a, [&](Range r, Window& window) {
+    for (int64_t chunk = (a.length + CHUNK - 1) / CHUNK - 1; chunk >= 0; --chunk) {
+      set_chunk(a, r, chunk);
+      window.read_inputs(a, r);
+      read(a.grad, r, window.tile);
+      // the gradients of the first tokens of the tile that was before this one move behind this one
+      for (int64_t j = window.history - 1; j >= 0; --j) window.grads[r.tokens + j] = window.grads[j];
+      for (int t = 0; t < r.tokens; ++t) {
+        Vec value = window.convolve(t), gate = sigmoid(value);
+        window.grads[t] = window.tile[t] * gate * (1.0f + value * (1.0f - gate));
+        for (int64_t j = 0; j <= window.history; ++j) window.grad_taps[j] += window.grads[t] * window.x[t + j];
+        window.grad_bias += window.grads[t];
+      }
+      if (r.direction > 0) {
+        read(a.grad_u, r, window.tile);
+      } else {
+        for (int t = 0; t < r.tokens; ++t) window.tile[t] = Vec{};
+      }
+      for (int t = 0; t < r.tokens; ++t)
+        for (int64_t j = 0; j <= window.history; ++j)
+          window.tile[t] += window.grads[t + j] * window.taps[window.history - j];
+      write(a.grad_u, r, window.tile);
+    }
+    int64_t row = r.batch * a.directions + r.direction;
+    for (int64_t j = 0; j <= window.history; ++j)
+      scatter(a.grad_taps + (row * a.width + j) * a.channels + r.channel, 1, r.channels, window.grad_taps[j]);
+    scatter(a.grad_bias + row * a.channels + r.channel, 1, r.channels, window.grad_bias);
+  });
+}
+
 }  // namespace
 
 extern "C" {
 void selective_scan_forward(const Arguments* a) { forward(*a); }
 void selective_scan_backward(const Arguments* a) { backward(*a); }
 int selective_scan_lanes() { return LANES; }
+void directional_conv_forward(const Arguments* a) { convolve(*a); }
+void directional_conv_backward(const Arguments* a) { convolve_back(*a); }
 }
