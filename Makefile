@@ -12,7 +12,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-all demo lint format clean
+.PHONY: help venv test test-all demo bundles lint format clean
 
 VENV ?= .venv
 DEMO ?= demo
@@ -26,7 +26,7 @@ export OMP_WAIT_POLICY ?= passive
 BUNDLE := bundles/clinicalfmamba_fusion
 RUN := $(VENV)/bin/python -m monai.bundle run --bundle_root $(BUNDLE)
 PHANTOM := PYTHONPATH=$(BUNDLE) $(VENV)/bin/python -m scripts.phantom
-CODE := custom_nets bundles/*/scripts tests benchmarks
+CODE := custom_nets bundles/*/scripts tests benchmarks tools
 # each bundle has a package called scripts, and a process only one: the grading bundle's tests run by themselves
 PYTEST := "$(VENV)/bin/python" -m pytest
 BLACK := $(VENV)/bin/black --line-length 120 --skip-magic-trailing-comma
@@ -75,6 +75,9 @@ demo: venv ## Fuse generated brains in 2D and 3D with the shipped weights, and s
 	@echo "Fused images:"
 	@find "$(DEMO)/fused_slices" "$(DEMO)/fused_volumes" -name '*_fused.*' | sort
 
+bundles: venv ## Pack each bundle, weights and networks in, as dist/<name>-<version>.zip
+	@"$(VENV)/bin/python" tools/pack_bundles.py --output_dir dist
+
 lint: venv ## Check formatting, style and types
 	@$(BLACK) --check $(CODE)
 	@"$(VENV)/bin/isort" --check-only $(CODE)
@@ -87,5 +90,5 @@ format: venv ## Format the code
 
 clean: ## Remove the environment, the demo and caches
 	@echo "== Removing $(VENV), $(DEMO), build and caches"
-	@rm -rf "$(VENV)" "$(DEMO)" build *.egg-info .mypy_cache .pytest_cache
+	@rm -rf "$(VENV)" "$(DEMO)" build dist *.egg-info .mypy_cache .pytest_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,82 @@
+# Copyright (c) ClinicalFMamba contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What the Model Zoo checks of a bundle, for both of them and without network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import monai
+import pytest
+import torch
+from monai.bundle import ConfigParser
+
+ROOT = Path(__file__).resolve().parents[1]
+BUNDLES = [ROOT / "bundles" / name for name in ("clinicalfmamba_fusion", "glioma_grading")]
+TENSOR = {"type", "format", "num_channels", "spatial_shape", "dtype", "value_range"}
+OBJECTS = ("changelog", "eval_metrics", "supported_apps", "required_packages_version", "network_data_format")
+STRINGS = ("data_source", "data_type", "image_classes", "label_classes", "pred_classes", "intended_use", "task")
+
+each_bundle = pytest.mark.parametrize("bundle", BUNDLES, ids=lambda path: path.name)
+
+
+def read_metadata(bundle):
+    return json.loads((bundle / "configs" / "metadata.json").read_text())
+
+
+@each_bundle
+def test_metadata_types(bundle):
+    """Those of the schema meta_schema_20240725.json."""
+    meta = read_metadata(bundle)
+    assert meta["schema"].endswith("/meta_schema_20240725.json")
+    assert all(isinstance(meta[key], dict) for key in OBJECTS) and all(isinstance(meta[key], str) for key in STRINGS)
+    assert all(isinstance(reference, str) for reference in meta["references"])
+    assert meta["version"] in meta["changelog"]
+    assert all(isinstance(version, str) for version in meta["required_packages_version"].values())
+    formats = [value for key, value in meta.items() if key.endswith("_data_format")]
+    assert len(formats) == 2, "slices and volumes"
+    for tensors in (group for form in formats for group in (form["inputs"], form["outputs"])):
+        for tensor in tensors.values():
+            assert TENSOR <= tensor.keys() and len(tensor["channel_def"]) == tensor["num_channels"]
+
+
+@each_bundle
+def test_no_package_that_needs_a_gpu_to_install(bundle):
+    """The Model Zoo's checks on a CPU install all that the metadata names."""
+    assert (
+        not {"mamba-ssm", "mamba_ssm", "causal-conv1d", "triton"}
+        & read_metadata(bundle)["required_packages_version"].keys()
+    )
+
+
+@each_bundle
+@pytest.mark.parametrize("volume", [False, True], ids=["2d", "3d"])
+@torch.inference_mode()
+def test_ckpt_export(bundle, volume, tmp_path):
+    """The file has the checkpoint's weights, and computes the same as the network at sizes that are not multiples."""
+    configs = [str(bundle / "configs" / f"{name}.json") for name in (["train", "volume"] if volume else ["train"])]
+    parser = ConfigParser()
+    parser.read_config(configs)
+    network = parser.get_parsed_content("network_def").eval()
+    torch.save(network.state_dict(), tmp_path / "model.pt")
+    monai.bundle.ckpt_export(
+        "network_def",
+        str(tmp_path / "model.ts"),
+        ckpt_file=str(tmp_path / "model.pt"),
+        meta_file=str(bundle / "configs" / "metadata.json"),
+        config_file=configs,
+        key_in_ckpt="",
+    )
+    channels = read_metadata(bundle)["network_data_format"]["inputs"]["image"]["num_channels"]
+    image = torch.rand(2, channels, *([33, 40, 17] if volume else [33, 40]))
+    torch.testing.assert_close(torch.jit.load(tmp_path / "model.ts")(image), network(image), atol=1e-4, rtol=1e-4)
