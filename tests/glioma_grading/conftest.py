@@ -15,9 +15,9 @@ import sys
 import monai
 import pytest
 import torch
+from grading import TINY_FUSION
 
 from custom_nets.nets import build_network
-from grading import TINY_FUSION
 from scripts.phantom import write
 
 

@@ -21,10 +21,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from grading import BUNDLE, COMMON, CONFIGS, FUSION, NETWORK, ROOT, TRAIN, TRAIN_3D, names, run, run_command, workflow
 from monai.bundle import ConfigWorkflow
 from sklearn.metrics import roc_auc_score
 
-from grading import BUNDLE, COMMON, CONFIGS, FUSION, NETWORK, ROOT, TRAIN, TRAIN_3D, names, run, run_command, workflow
 from scripts.predictions import read_predictions
 
 LEARN = {"source": "t2_flair", "num_folds": 2}

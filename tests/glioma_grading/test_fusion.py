@@ -18,10 +18,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from grading import FUSION, TINY_FUSION
 from monai.bundle import ConfigWorkflow
 
 import scripts.fusion
-from grading import FUSION, TINY_FUSION
 from scripts.fusion import FuseModalitiesd, FusionBundle, own_scripts, to_eight_bit
 
 FILES = ("glioma_100", "HGG")

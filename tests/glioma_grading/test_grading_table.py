@@ -16,8 +16,8 @@ import json
 import sys
 
 import pytest
-
 from grading import COMMON, ROOT, TRAIN_3D
+
 from scripts.predictions import read_predictions, write_predictions
 
 PATH = ROOT / "benchmarks" / "grading_table.py"

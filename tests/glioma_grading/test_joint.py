@@ -14,9 +14,9 @@ import json
 
 import pytest
 import torch
+from grading import COMMON, FUSION, TINY_FUSION, TRAIN, TRAIN_3D, run, workflow
 
 from custom_nets.nets import ClinicalFMambaClassifier, build_network
-from grading import COMMON, FUSION, TINY_FUSION, TRAIN, TRAIN_3D, run, workflow
 from scripts.fusion import FusionBundle
 from scripts.joint import JointLoss, JointNetwork, load_encoder, load_parts
 
