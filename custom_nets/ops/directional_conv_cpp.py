@@ -9,7 +9,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Causal depthwise convolution of every direction of a scan in C++ on a CPU, without a copy in the direction's order."""
+"""Causal depthwise convolution of every direction of a scan in C++ on a CPU, without copies in its order."""
 
 from __future__ import annotations
 

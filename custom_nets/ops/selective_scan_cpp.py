@@ -113,8 +113,10 @@ if OBSTACLE:
 _SIZES = ("batch", "directions", "length", "channels", "states", "groups", "softplus", "threads", "width")
 _SEQUENCES = ("u", "delta", "out", "grad", "grad_u", "grad_delta")
 _MATRICES = ("B", "C")
-_ARRAYS = ("A", "D", "bias", "borders", "grad_A", "grad_D", "grad_bias", "grad_B", "grad_C")
-_ARRAYS += ("taps", "grad_taps", "places")
+_ARRAYS = (
+    *("A", "D", "bias", "borders", "grad_A", "grad_D", "grad_bias", "grad_B", "grad_C"),
+    *("taps", "grad_taps", "places"),
+)
 
 
 class _Sequence(ctypes.Structure):
