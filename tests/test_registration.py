@@ -10,6 +10,7 @@
 # limitations under the License.
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import itk
@@ -31,7 +32,7 @@ from scripts.registration import (
     save_transform,
 )
 
-DATA = Path("/work/shared/data")
+DATA = Path(os.environ.get("SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 # 20 mm and 15 degrees altogether, neither along an axis
 SHIFT, TURN = np.array([-9.0, 14.0, 11.1]), np.array([8.0, -9.0, 9.0])
 
@@ -163,7 +164,7 @@ def real_pair(name: str) -> list[MetaTensor]:
     }
     files = [next(iter(DATA.glob(pattern)), None) for pattern in patterns[name]]
     if None in files:
-        pytest.skip(f"{DATA} is not here")
+        pytest.skip(f"{DATA} is not there: set SHARED_DATA to the folder that holds volumes and brainix-dicom")
     return [LoadImage(ensure_channel_first=True)(file) for file in files]
 
 
