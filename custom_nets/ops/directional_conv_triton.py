@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from custom_nets.ops.scan_orders import flatten_orders
 from custom_nets.ops.scan_paths import find_path, paths_of, place_of
 
 __all__ = ["directional_conv_triton"]
@@ -209,5 +210,5 @@ def directional_conv_triton(
     Returns:
         ``(B, K, L, C)`` in raster order, in the dtype of ``x``; computed in float32; once differentiable.
     """
-    flat = [number for axes, backward in orders for number in (*axes, int(backward))]
+    flat = flatten_orders(orders)
     return _forward(x, weight, bias, flat, spatial_shape)

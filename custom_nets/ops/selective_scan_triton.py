@@ -40,6 +40,7 @@ import torch
 import triton
 from torch import Tensor
 
+from custom_nets.ops.scan_orders import flatten_orders
 from custom_nets.ops.scan_paths import paths_of
 from custom_nets.ops.selective_scan_gradient_kernels import collect_kernel, gradient_kernel, retrace_kernel
 from custom_nets.ops.selective_scan_kernels import carry_kernel, end_kernel, output_kernel
@@ -291,5 +292,5 @@ def selective_scan_triton(
         ``(B, K, L, D)`` in the dtype of ``u``; once differentiable, with repeatable gradients.
     """
     chunk = chunk_length(u.shape[0] * u.shape[1], u.shape[2], u.shape[3], A.shape[2])
-    flat = [number for axes, backward in orders for number in (*axes, int(backward))]
+    flat = flatten_orders(orders)
     return _forward(u, delta, A, B, C, D, delta_bias, delta_softplus, chunk, flat, spatial_shape)[0]
