@@ -19,16 +19,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import itk
 import numpy as np
 import pydicom
 from monai.data import ImageReader, ITKReader, orientation_ras_lps
-from monai.utils import MetaKeys, SpaceKeys
+from monai.utils import MetaKeys, SpaceKeys, optional_import
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 
 from scripts.data import EXTENSIONS
 from scripts.suv import SUV_KEYWORDS, suv_factor
+
+# images of other kinds are fused without it
+itk, _ = optional_import("itk")
 
 __all__ = [
     "DicomSeries",

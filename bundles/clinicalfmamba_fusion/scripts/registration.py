@@ -17,17 +17,24 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import itk
 import numpy as np
 import torch
 from monai.data import MetaTensor, affine_to_spacing
 from monai.transforms import ScaleIntensityRangePercentiles
+from monai.utils import optional_import
 from scipy.ndimage import map_coordinates
 from scipy.spatial.transform import Rotation
 
 from scripts.data import replacing
 from scripts.grid import shrink
+
+if TYPE_CHECKING:
+    import itk
+else:
+    # pairs on one grid are fused without it
+    itk, _ = optional_import("itk")
 
 __all__ = ["VISIBLE_MISFIT", "Alignment", "misfit", "normalised_mutual_information", "register", "save_transform"]
 
