@@ -64,10 +64,20 @@ TASKS: dict[str, tuple[list[str], int]] = {
 # A system is what it sets in the configs and, as `configs`, which configs it adds; `before` is a stage that is trained
 # first, whose weights the config's id `before_id` names. Ablations are not ranked.
 SYSTEMS: dict[str, dict[str, Any]] = {
-    "clinicalfmamba": {"label": "ClinicalFMamba, joint loss", "configs": ["joint_loss"]},
-    "clinicalfmamba_paper": {"label": "ClinicalFMamba, paper's recipe"},
-    "no_cmca": {"label": "paper's recipe without CMCA", "kind": "ablation", "network_def#cross_modal_attention": False},
-    "raster_scan": {"label": "paper's recipe, raster scan", "kind": "ablation", "network_def#scan": "raster"},
+    "clinicalfmamba": {"label": "ClinicalFMamba"},
+    "clinicalfmamba_paper": {"label": "ClinicalFMamba, paper's loss", "configs": ["paper_loss"]},
+    "no_cmca": {
+        "label": "paper's loss, without CMCA",
+        "kind": "ablation",
+        "configs": ["paper_loss"],
+        "network_def#cross_modal_attention": False,
+    },
+    "raster_scan": {
+        "label": "paper's loss, raster scan",
+        "kind": "ablation",
+        "configs": ["paper_loss"],
+        "network_def#scan": "raster",
+    },
     "msrpan": {"label": "MSRPAN", "configs": ["baselines/msrpan"]},
     "msdra": {"label": "MSDRA", "configs": ["baselines/msdra"]},
     "ehdran": {"label": "EH-DRAN", "configs": ["baselines/ehdran"]},
@@ -98,7 +108,7 @@ IDLE_HANDLERS = ("ValidationHandler", "TensorBoardStatsHandler", "ignite.handler
 
 class ObservedInferer(Inferer):
     """
-    Fuse as ``inferer`` does, measure the time and keep some of the results.
+    Fuse as ``inferer`` does and round to 8 bits, as images are stored; measure the time and keep some of the results.
 
     Args:
         inferer: called with sources and network, as MONAI's inferers are.
@@ -118,12 +128,13 @@ class ObservedInferer(Inferer):
         fused = self.inferer(inputs, network, *args, **kwargs)
         _wait_for(inputs.device)
         self.seconds += [(time.perf_counter() - start) / len(inputs)] * len(inputs)
+        fused = (fused.clamp(0, 1) * 255).round() / 255
         for image, result in zip(inputs, fused):
             case = image.meta["case"] if isinstance(image, MetaTensor) else ""
             if case in self.cases:
                 both = torch.cat([torch.as_tensor(image), torch.as_tensor(result)])
                 plane = both[..., both.shape[-1] // 2] if both.ndim == 4 else both
-                self.kept[case] = (plane.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+                self.kept[case] = (plane * 255).round().to(torch.uint8).cpu()
         return fused
 
 
