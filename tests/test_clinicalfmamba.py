@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.nn as nn
 
+from custom_nets.blocks import UpsampledConv
 from custom_nets.nets import ClinicalFMamba, build_network, network_names, register_network, registry
 
 SMALL = {"channels": (8, 8, 16), "latent_depth": 1}
@@ -128,10 +129,10 @@ def test_network_of_the_paper():
         assert len(net.latent_x[0].mamba.ssm.orders) == {2: 4, 3: 6}[dims]
         assert len(net.refine) == {2: 3, 3: 0}[dims] and (net.exchange is None) == (dims == 3)
         activation = {2: nn.ReLU, 3: nn.LeakyReLU}[dims]
-        stages = [type(m) for m in net.decoder if not isinstance(m, (nn.Upsample, nn.Conv2d, nn.Conv3d))]
         norm = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[dims]
-        assert stages == [norm, activation, norm, activation, norm]
-        assert [m.out_channels for m in net.decoder if isinstance(m, (nn.Conv2d, nn.Conv3d))] == [64, 32, 32]
+        stages = [UpsampledConv, norm, activation, UpsampledConv, norm, activation, UpsampledConv, norm]
+        assert [type(m) for m in net.decoder] == stages
+        assert [len(m.weight) for m in net.decoder if isinstance(m, UpsampledConv)] == [64, 32, 32]
 
 
 @torch.no_grad()
