@@ -59,8 +59,8 @@ class Mamba(nn.Module):
 
 
 class MambaBlock(nn.Module):
-    """``x + Mamba(LayerNorm(x))``; arguments as :py:class:`Mamba`, and ``use_checkpoint``: whether the backward computes
-    activations again instead of keeping them."""
+    """``x + Mamba(LayerNorm(x))``; arguments as :py:class:`Mamba`, and ``use_checkpoint``: whether the backward
+    computes activations again instead of keeping them."""
 
     def __init__(
         self,

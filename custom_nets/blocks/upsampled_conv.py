@@ -47,11 +47,12 @@ class UpsampledConv(nn.Module):
     def kernel(self) -> torch.Tensor:
         """Taps of the transposed convolution, ``(in_channels, out_channels, 4, 4[, 4])``: two neighbouring taps of the
         convolution that meet the same input are added."""
+        # Channels last, which the convolution then computes in, whatever its input is: far faster on a CPU in 3D.
         if self.spatial_dims == 2:
             sums = 4.0 * F.avg_pool2d(self.weight, 2, stride=1, padding=1)
-            return sums.flip([2, 3]).transpose(0, 1)
+            return sums.flip([2, 3]).transpose(0, 1).contiguous(memory_format=torch.channels_last)
         sums = 8.0 * F.avg_pool3d(self.weight, 2, stride=1, padding=1)
-        return sums.flip([2, 3, 4]).transpose(0, 1)
+        return sums.flip([2, 3, 4]).transpose(0, 1).contiguous(memory_format=torch.channels_last_3d)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}"
