@@ -302,6 +302,29 @@ def test_state_dict_loads_weights_only(dims):
     assert torch.equal(other(x), net(x))
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+def test_checkpoints(dims):
+    """Activations that are computed again give the same loss, gradients and statistics, and are not kept meanwhile."""
+    results = []
+    for use_checkpoint in (False, True):
+        net = network(dims, latent_depth=2, use_checkpoint=use_checkpoint).train()
+        kept: dict[int, int] = {}
+
+        def pack(x, kept=kept):
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            loss = net(images(2, 2, *[24] * dims)).square().mean()
+        kept_bytes = sum(kept.values())
+        loss.backward()
+        gradients = {name: p.grad for name, p in net.named_parameters()}
+        results.append((kept_bytes, loss.detach(), gradients, dict(net.named_buffers())))
+    (plain_bytes, *plain), (kept_bytes, *again) = results
+    assert kept_bytes < plain_bytes / 2
+    torch.testing.assert_close(again, plain, atol=1e-7, rtol=1e-4)
+
+
 def test_registry(monkeypatch):
     monkeypatch.setattr(registry, "_NETWORKS", dict(registry._NETWORKS))
     net = build_network("clinicalfmamba", spatial_dims=3, **SMALL)
@@ -325,7 +348,7 @@ def test_import_needs_no_extras():
     subprocess.run([sys.executable, "-c", code], check=True)
     code = (
         "import sys, monai; before = set(sys.modules); import custom_nets.nets;"
-        "print(*{'triton', 'mamba_ssm', 'itk', 'ignite', 'matplotlib'} & (set(sys.modules) - before))"
+        "print(*{'triton', 'mamba_ssm', 'itk', 'sklearn', 'ignite', 'matplotlib'} & (set(sys.modules) - before))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == ""

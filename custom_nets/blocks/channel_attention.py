@@ -43,15 +43,16 @@ class CrossModalChannelAttention(nn.Module):
         x, y = x.flatten(2), y.flatten(2)
         of_x, of_y = self._weights(x), self._weights(y)
         # Weights of a convolution's outputs are weights of its matrix's rows. At full resolution there is then one
-        # tensor, to which both products are added in place, instead of five.
+        # tensor, to which both products are added in place, instead of five. Voxels are its rows: a CPU has no fast
+        # product in half precision otherwise.
         weight, bias = self.value.weight.flatten(1), self.value.bias
         assert bias is not None
         total = bias.unsqueeze(1) * (of_x + of_y)
         total = total.expand_as(x).clone() if residual is None else residual.flatten(2) + total
-        total = total.to(x.dtype)
-        total.baddbmm_((weight * of_x).to(x.dtype), y)
-        total.baddbmm_((weight * of_y).to(x.dtype), x)
-        return total.unflatten(2, spatial_shape)
+        rows = total.to(x.dtype).transpose(1, 2).contiguous()
+        rows.baddbmm_(y.transpose(1, 2), (weight * of_x).to(x.dtype).transpose(1, 2))
+        rows.baddbmm_(x.transpose(1, 2), (weight * of_y).to(x.dtype).transpose(1, 2))
+        return rows.transpose(1, 2).unflatten(2, spatial_shape)
 
     def _weights(self, x: torch.Tensor) -> torch.Tensor:
         """Features ``(B, channels, L)`` to the weights of the other modality's channels, ``(B, channels, 1)``."""

@@ -37,12 +37,13 @@ def recomputed(module: nn.Module, function: Callable[..., torch.Tensor], *args: 
 
 @contextmanager
 def _constant_statistics(module: nn.Module) -> Iterator[None]:
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    """Has batch norms update copies, for they have to save the same tensors as the first time."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    kept = [dict(norm._buffers) for norm in norms]
     for norm in norms:
-        # in training only, where it means that a batch is normalised as ever but leaves no trace
-        norm.track_running_stats = not norm.training
+        norm._buffers.update({name: None if x is None else x.clone() for name, x in norm._buffers.items()})
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, buffers in zip(norms, kept):
+            norm._buffers.update(buffers)
