@@ -24,6 +24,7 @@ from custom_nets.blocks import (
     DirectionalSSM,
     MambaBlock,
     TokenExchange,
+    UpsampledConv,
     swap_channels,
 )
 from custom_nets.ops import scan_orders
@@ -136,6 +137,10 @@ def test_cross_modal_channel_attention(shape):
 
     torch.testing.assert_close(block(x, y), g(x, y) + g(y, x))
     torch.testing.assert_close(block(x, y), block(y, x))
+    fused = torch.randn_like(x)
+    kept = fused.clone()
+    torch.testing.assert_close(block(x, y, fused), fused + g(x, y) + g(y, x))
+    assert torch.equal(fused, kept)
 
 
 @pytest.mark.parametrize("conditioned", [False, True])
@@ -250,3 +255,16 @@ def test_single_direction_is_causal(axes, backward, conditioned):
         a, b = (ssm(x, shape)[:, read] for x in (first, second))
     assert torch.equal(a[:, :changed], b[:, :changed])
     assert (a[:, changed:] != b[:, changed:]).any(dim=-1).all()
+
+
+@pytest.mark.parametrize("shape", [[5, 4], [3, 1, 4]])
+def test_upsampled_conv(shape):
+    block = UpsampledConv(len(shape), 4, 3)
+    x = torch.randn(2, 4, *shape, requires_grad=True)
+    upsampled = F.interpolate(x, scale_factor=2, mode="nearest")
+    expected = CONV[len(shape)](upsampled, block.weight, padding=1)
+    torch.testing.assert_close(block(x), expected, atol=1e-5, rtol=1e-5)
+    grad = torch.randn_like(expected)
+    leaves = (x, block.weight)
+    for actual, wanted in zip(torch.autograd.grad(block(x), leaves, grad), torch.autograd.grad(expected, leaves, grad)):
+        torch.testing.assert_close(actual, wanted, atol=1e-5, rtol=1e-5)

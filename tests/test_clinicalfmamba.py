@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.nn as nn
 
+from custom_nets.blocks import UpsampledConv
 from custom_nets.nets import ClinicalFMamba, build_network, network_names, register_network, registry
 
 SMALL = {"channels": (8, 8, 16), "latent_depth": 1}
@@ -128,10 +129,10 @@ def test_network_of_the_paper():
         assert len(net.latent_x[0].mamba.ssm.orders) == {2: 4, 3: 6}[dims]
         assert len(net.refine) == {2: 3, 3: 0}[dims] and (net.exchange is None) == (dims == 3)
         activation = {2: nn.ReLU, 3: nn.LeakyReLU}[dims]
-        stages = [type(m) for m in net.decoder if not isinstance(m, (nn.Upsample, nn.Conv2d, nn.Conv3d))]
         norm = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[dims]
-        assert stages == [norm, activation, norm, activation, norm]
-        assert [m.out_channels for m in net.decoder if isinstance(m, (nn.Conv2d, nn.Conv3d))] == [64, 32, 32]
+        stages = [UpsampledConv, norm, activation, UpsampledConv, norm, activation, UpsampledConv, norm]
+        assert [type(m) for m in net.decoder] == stages
+        assert [len(m.weight) for m in net.decoder if isinstance(m, UpsampledConv)] == [64, 32, 32]
 
 
 @torch.no_grad()
@@ -301,6 +302,29 @@ def test_state_dict_loads_weights_only(dims):
     assert torch.equal(other(x), net(x))
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+def test_checkpoints(dims):
+    """Activations that are computed again give the same loss, gradients and statistics, and are not kept meanwhile."""
+    results = []
+    for use_checkpoint in (False, True):
+        net = network(dims, latent_depth=2, use_checkpoint=use_checkpoint).train()
+        kept: dict[int, int] = {}
+
+        def pack(x, kept=kept):
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            loss = net(images(2, 2, *[24] * dims)).square().mean()
+        kept_bytes = sum(kept.values())
+        loss.backward()
+        gradients = {name: p.grad for name, p in net.named_parameters()}
+        results.append((kept_bytes, loss.detach(), gradients, dict(net.named_buffers())))
+    (plain_bytes, *plain), (kept_bytes, *again) = results
+    assert kept_bytes < plain_bytes / 2
+    torch.testing.assert_close(again, plain, atol=1e-7, rtol=1e-4)
+
+
 def test_registry(monkeypatch):
     monkeypatch.setattr(registry, "_NETWORKS", dict(registry._NETWORKS))
     net = build_network("clinicalfmamba", spatial_dims=3, **SMALL)
@@ -324,7 +348,7 @@ def test_import_needs_no_extras():
     subprocess.run([sys.executable, "-c", code], check=True)
     code = (
         "import sys, monai; before = set(sys.modules); import custom_nets.nets;"
-        "print(*{'triton', 'mamba_ssm', 'itk', 'ignite', 'matplotlib'} & (set(sys.modules) - before))"
+        "print(*{'triton', 'mamba_ssm', 'itk', 'sklearn', 'ignite', 'matplotlib'} & (set(sys.modules) - before))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == ""

@@ -19,11 +19,13 @@ from custom_nets.blocks.mamba import Mamba, MambaBlock
 from custom_nets.blocks.max_vit import MaxViTBlock
 from custom_nets.blocks.multi_source_mamba import MultiSourceMamba
 from custom_nets.blocks.padding import crop_to_size, pad_to_multiple
+from custom_nets.blocks.recompute import recomputed
 from custom_nets.blocks.residual_attention import ResidualPyramidAttention, double, halve, pooled_gate
 from custom_nets.blocks.residual_swin import ResidualSwinBlock, SwinLayer
 from custom_nets.blocks.selective_ssm import DirectionalSSM
 from custom_nets.blocks.shared_norm import shared_batch_norms
 from custom_nets.blocks.token_exchange import TokenExchange, swap_channels
+from custom_nets.blocks.upsampled_conv import UpsampledConv
 
 __all__ = [
     "CrossMamba",
@@ -43,12 +45,14 @@ __all__ = [
     "SobelEdges",
     "SwinLayer",
     "TokenExchange",
+    "UpsampledConv",
     "crop_to_size",
     "double",
     "halve",
     "leaky_convs",
     "pad_to_multiple",
     "pooled_gate",
+    "recomputed",
     "shared_batch_norms",
     "swap_channels",
 ]

@@ -16,6 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from custom_nets.blocks.mamba import Mamba
+from custom_nets.blocks.recompute import recomputed
 
 __all__ = ["CrossMamba", "CrossMambaBlock"]
 
@@ -46,14 +47,24 @@ class CrossMamba(Mamba):
 
 
 class CrossMambaBlock(nn.Module):
-    """``x + CrossMamba(LayerNorm(x), LayerNorm(other))``."""
+    """``x + CrossMamba(LayerNorm(x), LayerNorm(other))``; arguments as
+    :py:class:`custom_nets.blocks.mamba.MambaBlock`."""
 
-    def __init__(self, dim: int, orders: list[tuple[list[int], bool]], state_dim: int = 8) -> None:
+    def __init__(
+        self, dim: int, orders: list[tuple[list[int], bool]], state_dim: int = 8, use_checkpoint: bool = False
+    ) -> None:
         super().__init__()
+        self.use_checkpoint = use_checkpoint
         self.norm = nn.LayerNorm(dim)
         self.other_norm = nn.LayerNorm(dim)
         self.mamba = CrossMamba(dim, orders, state_dim)
 
     def forward(self, x: torch.Tensor, other: torch.Tensor, spatial_shape: list[int]) -> torch.Tensor:
         """Own tokens ``x`` and the ``other`` modality's, both ``(B, L, dim)``, to ``(B, L, dim)``."""
+        if not torch.jit.is_scripting():
+            if self.use_checkpoint:
+                return recomputed(self, self._forward, x, other, spatial_shape)
+        return self._forward(x, other, spatial_shape)
+
+    def _forward(self, x: torch.Tensor, other: torch.Tensor, spatial_shape: list[int]) -> torch.Tensor:
         return x + self.mamba(self.norm(x), self.other_norm(other), spatial_shape)

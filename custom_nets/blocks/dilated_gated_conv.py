@@ -15,6 +15,8 @@ import torch
 import torch.nn as nn
 from monai.networks.layers.factories import Conv, Norm
 
+from custom_nets.blocks.recompute import recomputed
+
 __all__ = ["DilatedGatedConvBlock"]
 
 
@@ -30,12 +32,20 @@ class DilatedGatedConvBlock(nn.Module):
         dilation: dilation of the convolution behind the gate.
         pyramid: whether to use the shared convolution pyramid (the 2D network does, the 3D one does not).
         negative_slope: slope of the leaky ReLUs.
+        use_checkpoint: whether the backward computes activations again instead of keeping them.
     """
 
     def __init__(
-        self, spatial_dims: int, channels: int, dilation: int, pyramid: bool, negative_slope: float = 0.2
+        self,
+        spatial_dims: int,
+        channels: int,
+        dilation: int,
+        pyramid: bool,
+        negative_slope: float = 0.2,
+        use_checkpoint: bool = False,
     ) -> None:
         super().__init__()
+        self.use_checkpoint = use_checkpoint
         conv, norm = Conv[Conv.CONV, spatial_dims], Norm[Norm.BATCH, spatial_dims]
 
         def activated(kernel_size: int, dilation: int = 1) -> nn.Sequential:
@@ -53,6 +63,12 @@ class DilatedGatedConvBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(B, channels, H, W[, D])`` to the same shape."""
+        if not torch.jit.is_scripting():
+            if self.use_checkpoint:
+                return recomputed(self, self._forward, x)
+        return self._forward(x)
+
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.norm(self.dilated(self.content(x) * self.gate(x)))
         if self.pyramid is None:
             return x + h

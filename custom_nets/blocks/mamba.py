@@ -17,6 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from custom_nets.blocks.recompute import recomputed
 from custom_nets.blocks.selective_ssm import DirectionalSSM
 
 __all__ = ["Mamba", "MambaBlock"]
@@ -58,15 +59,28 @@ class Mamba(nn.Module):
 
 
 class MambaBlock(nn.Module):
-    """``x + Mamba(LayerNorm(x))``; arguments as :py:class:`Mamba`."""
+    """``x + Mamba(LayerNorm(x))``; arguments as :py:class:`Mamba`, and ``use_checkpoint``: whether the backward
+    computes activations again instead of keeping them."""
 
     def __init__(
-        self, dim: int, orders: list[tuple[list[int], bool]], state_dim: int = 8, normalise: bool = True
+        self,
+        dim: int,
+        orders: list[tuple[list[int], bool]],
+        state_dim: int = 8,
+        normalise: bool = True,
+        use_checkpoint: bool = False,
     ) -> None:
         super().__init__()
+        self.use_checkpoint = use_checkpoint
         self.norm = nn.LayerNorm(dim)
         self.mamba = Mamba(dim, orders, state_dim, normalise=normalise)
 
     def forward(self, x: torch.Tensor, spatial_shape: list[int]) -> torch.Tensor:
         """``(B, L, dim)`` in raster order of ``spatial_shape`` to the same shape."""
+        if not torch.jit.is_scripting():
+            if self.use_checkpoint:
+                return recomputed(self, self._forward, x, spatial_shape)
+        return self._forward(x, spatial_shape)
+
+    def _forward(self, x: torch.Tensor, spatial_shape: list[int]) -> torch.Tensor:
         return x + self.mamba(self.norm(x), spatial_shape)

@@ -11,6 +11,7 @@
 
 from custom_nets.nets.clinicalfmamba import ClinicalFMamba
 from custom_nets.nets.ehdran import EHDRAN
+from custom_nets.nets.inference import prepare_for_inference
 from custom_nets.nets.mactfusion import MACTFusion
 from custom_nets.nets.mamba_classifier import ClinicalFMambaClassifier
 from custom_nets.nets.mambadfuse import MambaDFuse
@@ -39,5 +40,6 @@ __all__ = [
     "TwoStageNetwork",
     "build_network",
     "network_names",
+    "prepare_for_inference",
     "register_network",
 ]

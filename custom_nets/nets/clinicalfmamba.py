@@ -25,6 +25,8 @@ from custom_nets.blocks import (
     DilatedGatedConvBlock,
     MambaBlock,
     TokenExchange,
+    UpsampledConv,
+    recomputed,
 )
 from custom_nets.nets.registry import register_network
 from custom_nets.ops import scan_orders
@@ -59,6 +61,8 @@ class ClinicalFMamba(nn.Module):
             the one of the paper.
         cross_mamba: whether the modalities' tokens are fused by cross Mamba; without it they are averaged.
         cross_modal_attention: whether the sources' full-resolution features are added through channel attention.
+        use_checkpoint: whether training computes the activations of encoder, Mamba blocks and decoder again in its
+            backward instead of keeping them, which takes less memory and more time.
 
     Raises:
         ValueError: if the arguments do not fit together.
@@ -87,6 +91,7 @@ class ClinicalFMamba(nn.Module):
         scan: str | None = None,
         cross_mamba: bool = True,
         cross_modal_attention: bool = True,
+        use_checkpoint: bool = False,
     ) -> None:
         super().__init__()
         if spatial_dims not in (2, 3):
@@ -102,6 +107,7 @@ class ClinicalFMamba(nn.Module):
         self.stride = math.prod(strides)
         self.spatial_dims = spatial_dims
         self.in_channels = in_channels
+        self.use_checkpoint = use_checkpoint
         features, latent = channels[0], channels[-1]
 
         self.stem = conv(in_channels // 2, features, 3, padding=1)
@@ -111,37 +117,51 @@ class ClinicalFMamba(nn.Module):
                 self.encoder.append(conv(incoming, outgoing, 2, stride))
             elif incoming != outgoing:
                 self.encoder.append(conv(incoming, outgoing, 3, padding=1))
-            self.encoder.append(DilatedGatedConvBlock(spatial_dims, outgoing, dilation, pyramid=published_2d))
+            self.encoder.append(
+                DilatedGatedConvBlock(
+                    spatial_dims, outgoing, dilation, pyramid=published_2d, use_checkpoint=use_checkpoint
+                )
+            )
 
         raster = scan_orders("raster", spatial_dims)
         directions = scan_orders(scan or ("cross" if published_2d else "tri_plane"), spatial_dims)
 
         def latent_blocks() -> nn.ModuleList:
-            return nn.ModuleList(MambaBlock(latent, directions, state_dim) for _ in range(latent_depth))
+            return nn.ModuleList(
+                MambaBlock(latent, directions, state_dim, use_checkpoint=use_checkpoint) for _ in range(latent_depth)
+            )
+
+        def cross_block() -> CrossMambaBlock | None:
+            return CrossMambaBlock(latent, directions, state_dim, use_checkpoint) if cross_mamba else None
 
         self.latent_x, self.latent_y = latent_blocks(), latent_blocks()
         self.exchange = TokenExchange(latent, raster) if published_2d else None
-        self.cross_x = CrossMambaBlock(latent, directions, state_dim) if cross_mamba else None
-        self.cross_y = CrossMambaBlock(latent, directions, state_dim) if cross_mamba else None
+        self.cross_x, self.cross_y = cross_block(), cross_block()
         self.merge = nn.Linear(latent, latent)
 
         self.refine = nn.ModuleList()
         if published_2d:
-            self.refine.extend(MambaBlock(latent, raster, state_dim, normalise=False) for _ in range(3))
+            self.refine.extend(
+                MambaBlock(latent, raster, state_dim, normalise=False, use_checkpoint=use_checkpoint) for _ in range(3)
+            )
         self.refine_norm = nn.LayerNorm(latent) if published_2d else nn.Identity()
 
         self.decoder = nn.Sequential()
         halvings = [i for i, stride in enumerate(strides) if stride == 2]
         incoming = latent
-        for i in reversed(halvings):
+        for stage, i in enumerate(reversed(halvings)):
             outgoing = features if i == halvings[0] else channels[i - 1]
-            self.decoder.append(nn.Upsample(scale_factor=2.0, mode="nearest"))
-            # The batch norm would cancel a bias, and no gradient would reach it.
-            self.decoder.append(conv(incoming, outgoing, 3, padding=1, bias=False))
-            self.decoder.append(Norm[Norm.BATCH, spatial_dims](outgoing))
-            incoming = outgoing
+            # The batch norm would cancel a bias of the convolution, and no gradient would reach it.
+            parts: list[nn.Module] = [
+                UpsampledConv(spatial_dims, incoming, outgoing),
+                Norm[Norm.BATCH, spatial_dims](outgoing),
+            ]
             if i != halvings[0]:
-                self.decoder.append(nn.ReLU() if published_2d else nn.LeakyReLU(0.2))
+                parts.append(nn.ReLU() if published_2d else nn.LeakyReLU(0.2))
+            # Named as in the weights that ship, where the upsampling was a module of its own.
+            for number, part in enumerate(parts, start=4 * stage + 1):
+                self.decoder.add_module(str(number), part)
+            incoming = outgoing
 
         self.skip = CrossModalChannelAttention(spatial_dims, features) if cross_modal_attention else None
         self.head = conv(features, out_channels, 3, padding=1)
@@ -170,7 +190,7 @@ class ClinicalFMamba(nn.Module):
         stem = self.stem(torch.cat(x.chunk(2, dim=1)))
         features = self.encoder(stem)
         spatial_shape = list(features.shape[2:])
-        encoded_x, encoded_y = features.flatten(2).transpose(1, 2).chunk(2)
+        encoded_x, encoded_y = features.flatten(2).transpose(1, 2).contiguous().chunk(2)
         tokens_x, tokens_y = encoded_x, encoded_y
         for block_x, block_y in zip(self.latent_x, self.latent_y):
             tokens_x, tokens_y = block_x(tokens_x, spatial_shape), block_y(tokens_y, spatial_shape)
@@ -178,15 +198,26 @@ class ClinicalFMamba(nn.Module):
             tokens_x, tokens_y = self.exchange(tokens_x, tokens_y, encoded_x, encoded_y, spatial_shape)
         tokens = self._fuse(tokens_x, tokens_y, spatial_shape)
 
-        fused = self.decoder(tokens.transpose(1, 2).unflatten(2, spatial_shape))
-        if self.skip is not None:
-            stem_x, stem_y = stem.chunk(2)
-            fused = fused + self.skip(stem_x, stem_y)
+        fused = self._decode(tokens.transpose(1, 2).unflatten(2, spatial_shape), stem)
         # Under autocast the head gives half precision, in which a sigmoid would leave fewer than 256 grey values.
-        fused = torch.sigmoid(self.head(fused).to(x.dtype))
+        fused = torch.sigmoid(fused.to(x.dtype))
         for axis, length in enumerate(size):
             fused = fused.narrow(axis + 2, 0, length)
         return fused
+
+    def _decode(self, features: torch.Tensor, stem: torch.Tensor) -> torch.Tensor:
+        """Fused features ``(B, C, H', W'[, D'])`` and both images' full-resolution ones to the fused image's logit."""
+        if not torch.jit.is_scripting():
+            if self.use_checkpoint:
+                return recomputed(self, self._logit, features, stem)
+        return self._logit(features, stem)
+
+    def _logit(self, features: torch.Tensor, stem: torch.Tensor) -> torch.Tensor:
+        fused = self.decoder(features)
+        if self.skip is not None:
+            stem_x, stem_y = stem.chunk(2)
+            fused = self.skip(stem_x, stem_y, fused)
+        return self.head(fused)
 
     def _fuse(self, x: torch.Tensor, y: torch.Tensor, spatial_shape: list[int]) -> torch.Tensor:
         """Latent tokens of the two images, each ``(B, L, C)``, to those of the fused one."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from custom_nets.ops.scan_orders import flatten_orders, scan_places
-from custom_nets.ops.selective_scan_cpp import CHUNK, call_library
+from custom_nets.ops.selective_scan_cpp import CHUNK, call_library, channel_groups
 
 __all__ = ["directional_conv_cpp"]
 
@@ -45,11 +45,16 @@ def _inputs(
     }
 
 
+def _sizes(x: Tensor, weight: Tensor) -> dict[str, int]:
+    groups = channel_groups(x.shape[2], x.shape[0], torch.get_num_threads())
+    return {"width": weight.shape[1], "groups": groups}
+
+
 @torch.library.impl(_FORWARD, "CPU")
 def _forward(x: Tensor, weight: Tensor, bias: Tensor, orders: Sequence[int], spatial_shape: Sequence[int]) -> Tensor:
     y = _fake_forward(x, weight, bias, orders, spatial_shape)
     inputs = _inputs(x, weight, bias, orders, spatial_shape)
-    call_library("directional_conv_forward", {**inputs, "out": y}, width=weight.shape[1])
+    call_library("directional_conv_forward", {**inputs, "out": y}, **_sizes(x, weight))
     return y
 
 
@@ -69,7 +74,7 @@ def _backward(
     grad_bias = grad_x.new_empty((x.shape[0], *bias.shape))
     # the gradients of all directions are added up in the same place
     outputs = {"grad_u": grad_x.unsqueeze(1).expand_as(inputs["u"]), "grad_taps": grad_taps, "grad_bias": grad_bias}
-    call_library("directional_conv_backward", {**inputs, **outputs, "grad": grad}, width=weight.shape[1])
+    call_library("directional_conv_backward", {**inputs, **outputs, "grad": grad}, **_sizes(x, weight))
     return grad_x.to(x.dtype), grad_taps.sum(0).to(weight.dtype), grad_bias.sum(0).to(bias.dtype)
 
 

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from custom_nets.ops.scan_orders import flatten_orders, scan_places
 
-__all__ = ["CHUNK", "DTYPES", "OBSTACLE", "call_library", "selective_scan_cpp"]
+__all__ = ["CHUNK", "DTYPES", "OBSTACLE", "call_library", "channel_groups", "selective_scan_cpp"]
 
 # Tokens between two states that are kept for the backward.
 CHUNK = 64
@@ -180,11 +180,17 @@ def call_library(name: str, tensors: dict[str, Tensor], **sizes: int) -> None:
     getattr(_LIBRARY, name)(ctypes.byref(arguments))
 
 
-def _blocks(channels: int) -> int:
-    """Blocks of channels, each the work of one thread at a time."""
+def channel_blocks(channels: int) -> int:
+    """Blocks of channels, of which a task takes one or several."""
     if _LIBRARY is None:
         raise RuntimeError(OBSTACLE)
     return -(-channels // _LIBRARY.selective_scan_lanes())
+
+
+def channel_groups(channels: int, sequences: int, tasks: int) -> int:
+    """Groups of blocks of channels, each a task: as many as make ``tasks`` of the sequences, and no more, since
+    neighbouring channels share the pages that a task reads."""
+    return min(channel_blocks(channels), -(-tasks // max(1, sequences)))
 
 
 _ARGUMENTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias"
@@ -216,10 +222,10 @@ def _forward(
     spatial_shape: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:
     """Outputs ``(B, K, L, D)``, laid out as u, and states at the borders of chunks, ``(B, K, chunks + 1, N, D)``."""
-    blocks = _blocks(u.shape[3])
+    groups = channel_groups(u.shape[3], u.shape[0] * u.shape[1], 4 * torch.get_num_threads())
     y, borders = _fake_forward(u, delta, A, B, C, D, delta_bias, delta_softplus)
     tensors = {**_inputs(u, delta, A, B, C, D, delta_bias, orders, spatial_shape), "out": y, "borders": borders}
-    call_library("selective_scan_forward", tensors, states=A.shape[2], groups=blocks, softplus=delta_softplus)
+    call_library("selective_scan_forward", tensors, states=A.shape[2], groups=groups, softplus=delta_softplus)
     return y, borders
 
 
@@ -249,7 +255,7 @@ def _backward(
     batch, directions, length, channels = u.shape
     states = A.shape[2]
     # A group of blocks has its own sums for B and C, which take as much memory as u and delta, or as eight groups need.
-    groups = min(_blocks(channels), max(8, channels // states))
+    groups = min(channel_blocks(channels), max(8, channels // states))
 
     def buffer(*shape: int) -> Tensor:
         return u.new_empty(shape, dtype=torch.float32)
@@ -315,7 +321,7 @@ def selective_scan_cpp(
 ) -> Tensor:
     """:py:func:`custom_nets.ops.selective_scan_channels_last` for float32, bfloat16 and float16 on a CPU.
 
-    Threads share the sequences, their directions and blocks of 4, 8 or 16 channels (a vector of the CPU), never the
+    Threads share the sequences, their directions and groups of 4, 8 or 16 channels (a vector of the CPU), never the
     tokens of one. The results do not depend on how many there are. With N states, forward and backward keep N / 64
     numbers for each channel and token, and the backward takes up to two more, or 16 N for each token if that is more.
 

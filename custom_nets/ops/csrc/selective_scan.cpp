@@ -12,10 +12,11 @@
 // Selective scan and causal convolution on a CPU, built and called by custom_nets/ops/selective_scan_cpp.py.
 //
 // A vector holds one number of LANES channels. A task owns some of those blocks of channels of one sequence and walks
-// their tokens in tiles of CHUNK: it reads a tile from wherever the order of its direction and strides say, and states
-// stay in registers, eight at a time. The forward keeps the state that enters each tile; the backward takes the tiles from the last to the first and
-// runs each again from there. Sums over channels go through a buffer for each task, so that results do not depend on
-// the number of threads.
+// their tokens in tiles of CHUNK, all blocks of a tile before the next one, whose rows lie in other pages: it reads a
+// tile from wherever the order of its direction and strides say, and states stay in registers, eight at a time. The
+// forward keeps the state that enters each tile; the backward takes the tiles from the last to the first and runs each
+// again from there. Sums over channels go through a buffer for each task, so that results do not depend on the number of
+// threads.
 //
 // No header of PyTorch is included: they take longer to compile than a user likes to wait. Vectors are an extension
 // that GCC and Clang share. Nothing here may be compiled with -ffast-math: infinities and NaN are meant.
@@ -24,6 +25,9 @@
 #include <cstring>
 #include <utility>
 #include <vector>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -113,37 +117,53 @@ inline Vec load(const float* x) {
 
 inline void store(float* x, Vec y) { std::memcpy(x, &y, sizeof y); }
 
-// 2^(k + f) for k = shifted - 1.5 * 2^23 and f within half of 0, where total = k + f. Relative error 1e-7, exact at f = 0;
-// numbers below the smallest normal one are 0.
-inline Vec power(Vec shifted, Vec f, Vec total) {
-  Vec p = 1.0f + f * (0.693147004f + f * (0.240222424f + f * (0.0555073358f + f * (0.00967151113f + f * 0.00132647669f))));
-  Bits bits = (Bits)p + ((Bits)shifted << 23);
-  return total < -126.0f ? Vec{} : (Vec)bits;
+// 2^f for f within half of 0, exact at 0, to a relative error of 1e-7
+inline Vec power_of_fraction(Vec f) {
+  return 1.0f + f * (0.693147004f + f * (0.240222424f + f * (0.0555073358f + f * (0.00967151113f + f * 0.00132647669f))));
 }
 
 constexpr float ROUND = 0x1.8p23f;
 
+#if defined(__AVX512F__)
+inline Vec nearest(Vec x) { return (Vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+// 2^(k + f) for a whole k and f within half of 0
+inline Vec power(Vec k, Vec f) { return (Vec)_mm512_scalef_ps((__m512)power_of_fraction(f), (__m512)k); }
+#else
+inline Vec nearest(Vec x) { return (x + ROUND) - ROUND; }
+
+// 2^(k + f) for a whole k and f within half of 0; below the smallest normal number it is 0, from 2^128 on infinite.
+inline Vec power(Vec k, Vec f) {
+  Vec bounded = k > 128.0f ? Vec{} + 128.0f : k, fraction = k > 128.0f ? Vec{} : f;
+  Bits bits = (Bits)power_of_fraction(fraction) + ((Bits)(bounded + ROUND) << 23);
+  return k + f < -126.0f ? Vec{} : (Vec)bits;
+}
+#endif
+
 inline Vec exp2(Vec x) {
-  x = x > 128.0f ? Vec{} + 128.0f : x;  // 2^128 is infinite
-  Vec shifted = x + ROUND;
-  return power(shifted, x - (shifted - ROUND), x);
+  Vec k = nearest(x);
+  return power(k, x - k);
 }
 
 // exp(x) for x <= 0; the product with log2(e) is the exact one to twice the precision
 inline Vec exp_negative(Vec x) {
-  Vec product = x * 1.44269502f;
-  Vec shifted = product + ROUND;
-  return power(shifted, (x * 1.44269502f - (shifted - ROUND)) + x * 1.92596299e-8f, product);
+  x = x < -200.0f ? Vec{} - 200.0f : x;  // 0 in any case, and no product is rounded to a multiple of more than 1
+  Vec k = nearest(x * 1.44269502f);
+  return power(k, (x * 1.44269502f - k) + x * 1.92596299e-8f);
 }
 
-// log(1 + exp(x)) and its slope, both to full relative precision at either end
-inline Vec softplus(Vec x, Vec& slope) {
+// log(1 + exp(x)), to full relative precision at either end
+inline Vec softplus(Vec x) {
   Vec e = exp_negative(x < 0.0f ? x : -x);
   Vec s = e / (2.0f + e), z = s * s;  // log(1 + e) = 2 atanh(s)
   Vec log1p = s * (2.0f + z * (0.66666317f + z * (0.400249094f + z * (0.279606044f + z * 0.281783342f))));
-  Vec inverse = 1.0f / (1.0f + e);
-  slope = x < 0.0f ? e * inverse : inverse;
   return x < 0.0f ? log1p : x + log1p;
+}
+
+// 1 / (1 + exp(-x)), the slope of softplus, to full relative precision at either end
+inline Vec sigmoid(Vec x) {
+  Vec e = exp_negative(x < 0.0f ? x : -x), inverse = 1.0f / (1.0f + e);
+  return x < 0.0f ? e * inverse : inverse;
 }
 
 // ---- lanes ---------------------------------------------------------------------------------------------------------
@@ -287,35 +307,44 @@ void scatter(float* x, int64_t stride, int count, Vec y) {
 
 // ---- recurrence ----------------------------------------------------------------------------------------------------
 
-// What a task keeps about its block of channels.
-struct Block {
-  std::vector<Vec> A, A_log2, state, later, grad_A;  // of each state
-  Vec D, bias, grad_D, grad_bias;
-  Vec step[CHUNK], slope[CHUNK], u[CHUNK], drive[CHUNK], out[CHUNK];
+// What a task computes with while it is at one tile of one block of channels.
+struct Tile {
+  Vec delta[CHUNK], step[CHUNK], u[CHUNK], drive[CHUNK], out[CHUNK];
   Vec grad_drive[CHUNK], grad_step[CHUNK];
   Vec decays[CHUNK * GROUP], states[(CHUNK + 1) * GROUP];
+};
 
-  explicit Block(int64_t n) : A(n), A_log2(n), state(n), later(n), grad_A(n) {}
+// What a task keeps about a block of channels from tile to tile.
+struct Block {
+  int64_t channel;
+  int channels;
+  std::vector<Vec> A, A_log2, state, later, grad_A;  // of each state
+  Vec D, bias, grad_D, grad_bias;
+  Tile& tile;
 
-  void begin(const Arguments& a, const Range& r) {
-    int64_t row = r.direction * a.channels + r.channel;
+  Block(const Arguments& a, int64_t direction, int64_t index, Tile& shared)
+      : channel(index * LANES),
+        channels(int(a.channels - channel < LANES ? a.channels - channel : LANES)),
+        A(a.states), A_log2(a.states), state(a.states), later(a.states), grad_A(a.states),
+        tile(shared) {
+    int64_t row = direction * a.channels + channel;
     for (int64_t n = 0; n < a.states; ++n) {
-      A[n] = gather(a.A + row * a.states + n, a.states, r.channels);
+      A[n] = gather(a.A + row * a.states + n, a.states, channels);
       A_log2[n] = A[n] * 1.44269504f;
       state[n] = later[n] = grad_A[n] = Vec{};
     }
-    D = gather(a.D ? a.D + row : nullptr, 1, r.channels);
-    bias = gather(a.bias ? a.bias + row : nullptr, 1, r.channels);
+    D = gather(a.D ? a.D + row : nullptr, 1, channels);
+    bias = gather(a.bias ? a.bias + row : nullptr, 1, channels);
     grad_D = grad_bias = Vec{};
   }
 
   void read_inputs(const Arguments& a, const Range& r) {
-    read(a.u, r, u);
-    read(a.delta, r, step);
+    read(a.u, r, tile.u);
+    read(a.delta, r, tile.delta);
     for (int t = 0; t < r.tokens; ++t) {
-      step[t] += bias;
-      if (a.softplus) step[t] = softplus(step[t], slope[t]);
-      drive[t] = step[t] * u[t];
+      tile.delta[t] += bias;
+      tile.step[t] = a.softplus ? softplus(tile.delta[t]) : tile.delta[t];
+      tile.drive[t] = tile.step[t] * tile.u[t];
     }
   }
 };
@@ -341,14 +370,14 @@ void advance(const Range& r, const Matrix& B, const Matrix& C, int64_t n, Block&
   Vec x[G], A[G];
   for (int i = 0; i < G; ++i) x[i] = block.state[n + i], A[i] = block.A_log2[n + i];
   for (int t = 0; t < r.tokens; ++t) {
-    Vec step = block.step[t], drive = block.drive[t], y = block.out[t];
+    Vec step = block.tile.step[t], drive = block.tile.drive[t], y = block.tile.out[t];
     const float *b_t = b + r.place[t] * B.token, *c_t = c + r.place[t] * C.token;
 #pragma GCC unroll 8
     for (int i = 0; i < G; ++i) {
       x[i] = exp2(step * A[i]) * x[i] + drive * b_t[i];
       y += x[i] * c_t[i];
     }
-    block.out[t] = y;
+    block.tile.out[t] = y;
   }
   for (int i = 0; i < G; ++i) block.state[n + i] = x[i];
 }
@@ -358,16 +387,16 @@ template <int G>
 void retrace(const Range& r, const Matrix& B, int64_t n, Block& block) {
   const float* b = tokens_of(B, r) + n;
   Vec x[G], A[G];
-  for (int i = 0; i < G; ++i) block.states[i] = x[i] = block.state[n + i], A[i] = block.A_log2[n + i];
+  for (int i = 0; i < G; ++i) block.tile.states[i] = x[i] = block.state[n + i], A[i] = block.A_log2[n + i];
   for (int t = 0; t < r.tokens; ++t) {
-    Vec step = block.step[t], drive = block.drive[t];
+    Vec step = block.tile.step[t], drive = block.tile.drive[t];
     const float* b_t = b + r.place[t] * B.token;
 #pragma GCC unroll 8
     for (int i = 0; i < G; ++i) {
       Vec decay = exp2(step * A[i]);
       x[i] = decay * x[i] + drive * b_t[i];
-      block.decays[t * G + i] = decay;
-      block.states[(t + 1) * G + i] = x[i];
+      block.tile.decays[t * G + i] = decay;
+      block.tile.states[(t + 1) * G + i] = x[i];
     }
   }
 }
@@ -394,9 +423,9 @@ void go_back(
   Vec later[G], grad_A[G] = {};
   for (int i = 0; i < G; ++i) later[i] = block.later[n + i];
   for (int t = r.tokens - 1; t >= 0; --t) {
-    Vec step = block.step[t], drive = block.drive[t], out = block.out[t];
-    Vec grad_drive = block.grad_drive[t], grad_step = block.grad_step[t];
-    const Vec *decay = block.decays + t * G, *before = block.states + t * G;
+    Vec step = block.tile.step[t], drive = block.tile.drive[t], out = block.tile.out[t];
+    Vec grad_drive = block.tile.grad_drive[t], grad_step = block.tile.grad_step[t];
+    const Vec *decay = block.tile.decays + t * G, *before = block.tile.states + t * G;
     Vec products[G];
 #pragma GCC unroll 8
     for (int i = 0; i < G; ++i) products[i] = out * before[G + i];
@@ -412,31 +441,35 @@ void go_back(
       grad_A[i] += exponent * step;
     }
     add_sums<G>(products, grad_B + r.place[t] * states + n, first);
-    block.grad_drive[t] = grad_drive;
-    block.grad_step[t] = grad_step;
+    block.tile.grad_drive[t] = grad_drive;
+    block.tile.grad_step[t] = grad_step;
   }
   for (int i = 0; i < G; ++i) block.later[n + i] = later[i], block.grad_A[n + i] += grad_A[i];
 }
 
 // ---- tasks ---------------------------------------------------------------------------------------------------------
 
-// Calls a function for each block of channels, with its range (still without tokens) and the group that it belongs to.
+// Calls a function for each group of blocks of channels, with its range (still without tokens and channels).
 template <class Call>
-void for_blocks(const Arguments& a, Call call) {
+void for_groups(const Arguments& a, Call call) {
   int64_t blocks = (a.channels + LANES - 1) / LANES, tasks = a.batch * a.directions * a.groups;
-// without num_threads, which makes GCC's runtime start its threads anew: PyTorch has set their number
+  // without num_threads, which makes GCC's runtime start its threads anew: PyTorch has set their number
 #pragma omp parallel for schedule(dynamic) if (a.threads > 1)
   for (int64_t task = 0; task < tasks; ++task) {
     int64_t group = task % a.groups, row = task / a.groups;
-    Block block(a.states);
-    int64_t begin = group * blocks / a.groups, end = (group + 1) * blocks / a.groups;
-    for (int64_t i = begin; i < end; ++i) {
-      int64_t left = a.channels - i * LANES;
-      Range r{row / a.directions, row % a.directions, 0, i * LANES, 0, int(left < LANES ? left : LANES), true, {}};
-      block.begin(a, r);
-      call(r, group, i == begin, block);
-    }
+    Range r{row / a.directions, row % a.directions, 0, 0, 0, 0, true, {}};
+    Tile tile;
+    std::vector<Block> own;
+    for (int64_t i = group * blocks / a.groups; i < (group + 1) * blocks / a.groups; ++i)
+      own.emplace_back(a, r.direction, i, tile);
+    call(r, group, own);
   }
+}
+
+template <class Block>
+void set_channels(Range& r, const Block& block) {
+  r.channel = block.channel;
+  r.channels = block.channels;
 }
 
 // The state that enters a chunk, for a block of channels.
@@ -464,72 +497,87 @@ void set_chunk(const Arguments& a, Range& r, int64_t chunk) {
 }
 
 void forward(const Arguments& a) {
-  for_blocks(a, [&](Range r, int64_t, bool, Block& block) {
-    keep_state(a, r, 0, block);
+  for_groups(a, [&](Range r, int64_t, std::vector<Block>& blocks) {
     for (int64_t chunk = 0; chunk * CHUNK < a.length; ++chunk) {
       set_chunk(a, r, chunk);
-      block.read_inputs(a, r);
-      for (int t = 0; t < r.tokens; ++t) block.out[t] = block.D * block.u[t];
-      for_states(a.states, [&](int64_t n, auto g) { advance<g()>(r, a.B, a.C, n, block); });
-      write(a.out, r, block.out);
-      keep_state(a, r, chunk + 1, block);
+      for (Block& block : blocks) {
+        set_channels(r, block);
+        keep_state(a, r, chunk, block);
+        block.read_inputs(a, r);
+        for (int t = 0; t < r.tokens; ++t) block.tile.out[t] = block.D * block.tile.u[t];
+        for_states(a.states, [&](int64_t n, auto g) { advance<g()>(r, a.B, a.C, n, block); });
+        write(a.out, r, block.tile.out);
+      }
+    }
+    for (Block& block : blocks) {
+      set_channels(r, block);
+      keep_state(a, r, (a.length + CHUNK - 1) / CHUNK, block);
     }
   });
 }
 
 void backward(const Arguments& a) {
-  for_blocks(a, [&](Range r, int64_t group, bool first, Block& block) {
+  for_groups(a, [&](Range r, int64_t group, std::vector<Block>& blocks) {
     int64_t row = r.batch * a.directions + r.direction;
     int64_t tokens = (group * a.batch * a.directions + row) * a.length;
+    float *grad_B = a.grad_B + tokens * a.states, *grad_C = a.grad_C + tokens * a.states;
     for (int64_t chunk = (a.length + CHUNK - 1) / CHUNK - 1; chunk >= 0; --chunk) {
       set_chunk(a, r, chunk);
-      const float* entering = border(a, r, chunk);
-      for (int64_t n = 0; n < a.states; ++n) block.state[n] = gather(entering + n * a.channels, 1, r.channels);
-      block.read_inputs(a, r);
-      read(a.grad, r, block.out);
-      for (int t = 0; t < r.tokens; ++t) block.grad_drive[t] = block.grad_step[t] = Vec{};
-      float *grad_B = a.grad_B + tokens * a.states, *grad_C = a.grad_C + tokens * a.states;
-      for_states(a.states, [&](int64_t n, auto g) {
-        retrace<g()>(r, a.B, n, block);
-        go_back<g()>(r, a.B, a.C, n, grad_B, grad_C, a.states, first, block);
-      });
-      Vec grad_D{}, grad_bias{};
-      for (int t = 0; t < r.tokens; ++t) {
-        grad_D += block.out[t] * block.u[t];
-        block.grad_step[t] += block.grad_drive[t] * block.u[t];
-        if (a.softplus) block.grad_step[t] *= block.slope[t];
-        grad_bias += block.grad_step[t];
-        block.grad_drive[t] = block.grad_drive[t] * block.step[t] + block.out[t] * block.D;
+      for (Block& block : blocks) {
+        set_channels(r, block);
+        const float* entering = border(a, r, chunk);
+        for (int64_t n = 0; n < a.states; ++n) block.state[n] = gather(entering + n * a.channels, 1, r.channels);
+        block.read_inputs(a, r);
+        Tile& tile = block.tile;
+        read(a.grad, r, tile.out);
+        for (int t = 0; t < r.tokens; ++t) tile.grad_drive[t] = tile.grad_step[t] = Vec{};
+        for_states(a.states, [&](int64_t n, auto g) {
+          retrace<g()>(r, a.B, n, block);
+          go_back<g()>(r, a.B, a.C, n, grad_B, grad_C, a.states, &block == blocks.data(), block);
+        });
+        Vec grad_D{}, grad_bias{};
+        for (int t = 0; t < r.tokens; ++t) {
+          grad_D += tile.out[t] * tile.u[t];
+          tile.grad_step[t] += tile.grad_drive[t] * tile.u[t];
+          if (a.softplus) tile.grad_step[t] *= sigmoid(tile.delta[t]);
+          grad_bias += tile.grad_step[t];
+          tile.grad_drive[t] = tile.grad_drive[t] * tile.step[t] + tile.out[t] * block.D;
+        }
+        block.grad_D += grad_D, block.grad_bias += grad_bias;
+        write(a.grad_u, r, tile.grad_drive);
+        write(a.grad_delta, r, tile.grad_step);
       }
-      block.grad_D += grad_D, block.grad_bias += grad_bias;
-      write(a.grad_u, r, block.grad_drive);
-      write(a.grad_delta, r, block.grad_step);
     }
-    int64_t channel = row * a.channels + r.channel;
-    for (int64_t n = 0; n < a.states; ++n)
-      scatter(a.grad_A + channel * a.states + n, a.states, r.channels, block.grad_A[n]);
-    scatter(a.grad_D + channel, 1, r.channels, block.grad_D);
-    scatter(a.grad_bias + channel, 1, r.channels, block.grad_bias);
+    for (Block& block : blocks) {
+      int64_t channel = row * a.channels + block.channel;
+      for (int64_t n = 0; n < a.states; ++n)
+        scatter(a.grad_A + channel * a.states + n, a.states, block.channels, block.grad_A[n]);
+      scatter(a.grad_D + channel, 1, block.channels, block.grad_D);
+      scatter(a.grad_bias + channel, 1, block.channels, block.grad_bias);
+    }
   });
 }
 
 // ---- causal convolution --------------------------------------------------------------------------------------------
 
-// A convolution's tile with the width - 1 tokens before it, and behind it, going back, the gradients that follow it.
+// A block of channels of a convolution: its tile with the width - 1 tokens before it, and behind it, going back, the
+// gradients that follow it.
 struct Window {
+  int64_t channel;
+  int channels;
   int64_t history;
   std::vector<Vec> taps, x, grads, grad_taps;
   Vec bias, grad_bias, tile[CHUNK];
 
-  explicit Window(int64_t width)
-      : history(width - 1), taps(width), x(CHUNK + width), grads(CHUNK + width), grad_taps(width) {}
-
-  void begin(const Arguments& a, const Range& r) {
+  Window(const Arguments& a, int64_t direction, int64_t index)
+      : channel(index * LANES),
+        channels(int(a.channels - channel < LANES ? a.channels - channel : LANES)),
+        history(a.width - 1), taps(a.width), x(CHUNK + a.width), grads(CHUNK + a.width), grad_taps(a.width) {
     for (int64_t j = 0; j <= history; ++j) {
-      taps[j] = gather(a.taps + (r.direction * a.width + j) * a.channels + r.channel, 1, r.channels);
+      taps[j] = gather(a.taps + (direction * a.width + j) * a.channels + channel, 1, channels);
       grad_taps[j] = Vec{};
     }
-    bias = gather(a.bias + r.direction * a.channels + r.channel, 1, r.channels);
+    bias = gather(a.bias + direction * a.channels + channel, 1, channels);
     grad_bias = Vec{};
     for (int64_t j = 0; j < history; ++j) grads[j] = Vec{};
   }
@@ -549,69 +597,78 @@ struct Window {
   }
 };
 
-inline Vec sigmoid(Vec x) {
-  Vec e = exp_negative(x < 0.0f ? x : -x), inverse = 1.0f / (1.0f + e);
-  return x < 0.0f ? e * inverse : inverse;
-}
-
-// Calls a function for each direction of each block of channels, those of one block one after the other.
+// Calls a function for each direction of each group of blocks of channels, those of one group one after the other.
 template <class Call>
 void for_windows(const Arguments& a, Call call) {
-  int64_t blocks = (a.channels + LANES - 1) / LANES, tasks = a.batch * blocks;
+  int64_t blocks = (a.channels + LANES - 1) / LANES, tasks = a.batch * a.groups;
 #pragma omp parallel for schedule(dynamic) if (a.threads > 1)
   for (int64_t task = 0; task < tasks; ++task) {
-    int64_t channel = task % blocks * LANES, left = a.channels - channel;
-    Window window(a.width);
+    int64_t group = task % a.groups;
     for (int64_t k = 0; k < a.directions; ++k) {
-      Range r{task / blocks, k, 0, channel, 0, int(left < LANES ? left : LANES), true, {}};
-      window.begin(a, r);
-      call(r, window);
+      Range r{task / a.groups, k, 0, 0, 0, 0, true, {}};
+      std::vector<Window> own;
+      for (int64_t i = group * blocks / a.groups; i < (group + 1) * blocks / a.groups; ++i) own.emplace_back(a, k, i);
+      call(r, own);
     }
   }
 }
 
 void convolve(const Arguments& a) {
-  for_windows(a, [&](Range r, Window& window) {
+  for_windows(a, [&](Range r, std::vector<Window>& windows) {
     for (int64_t chunk = 0; chunk * CHUNK < a.length; ++chunk) {
       set_chunk(a, r, chunk);
-      window.read_inputs(a, r);
-      for (int t = 0; t < r.tokens; ++t) {
-        Vec value = window.convolve(t);
-        window.tile[t] = value * sigmoid(value);
+      for (Window& window : windows) {
+        set_channels(r, window);
+        window.read_inputs(a, r);
+        for (int t = 0; t < r.tokens; ++t) {
+          Vec value = window.convolve(t);
+          window.tile[t] = value * sigmoid(value);
+        }
+        write(a.out, r, window.tile);
       }
-      write(a.out, r, window.tile);
     }
   });
 }
 
+// Adds one tile's gradients to those of the taps and the bias, and gives those of its tokens.
+void convolve_tile_back(const Arguments& a, const Range& r, Window& window) {
+  window.read_inputs(a, r);
+  read(a.grad, r, window.tile);
+  // the gradients of the first tokens of the tile that was before this one move behind this one
+  for (int64_t j = window.history - 1; j >= 0; --j) window.grads[r.tokens + j] = window.grads[j];
+  for (int t = 0; t < r.tokens; ++t) {
+    Vec value = window.convolve(t), gate = sigmoid(value);
+    window.grads[t] = window.tile[t] * gate * (1.0f + value * (1.0f - gate));
+    for (int64_t j = 0; j <= window.history; ++j) window.grad_taps[j] += window.grads[t] * window.x[t + j];
+    window.grad_bias += window.grads[t];
+  }
+  if (r.direction > 0) {
+    read(a.grad_u, r, window.tile);
+  } else {
+    for (int t = 0; t < r.tokens; ++t) window.tile[t] = Vec{};
+  }
+  for (int t = 0; t < r.tokens; ++t)
+    for (int64_t j = 0; j <= window.history; ++j)
+      window.tile[t] += window.grads[t + j] * window.taps[window.history - j];
+  write(a.grad_u, r, window.tile);
+}
+
 void convolve_back(const Arguments& a) {
-  for_windows(a, [&](Range r, Window& window) {
+  for_windows(a, [&](Range r, std::vector<Window>& windows) {
     for (int64_t chunk = (a.length + CHUNK - 1) / CHUNK - 1; chunk >= 0; --chunk) {
       set_chunk(a, r, chunk);
-      window.read_inputs(a, r);
-      read(a.grad, r, window.tile);
-      // the gradients of the first tokens of the tile that was before this one move behind this one
-      for (int64_t j = window.history - 1; j >= 0; --j) window.grads[r.tokens + j] = window.grads[j];
-      for (int t = 0; t < r.tokens; ++t) {
-        Vec value = window.convolve(t), gate = sigmoid(value);
-        window.grads[t] = window.tile[t] * gate * (1.0f + value * (1.0f - gate));
-        for (int64_t j = 0; j <= window.history; ++j) window.grad_taps[j] += window.grads[t] * window.x[t + j];
-        window.grad_bias += window.grads[t];
+      for (Window& window : windows) {
+        set_channels(r, window);
+        convolve_tile_back(a, r, window);
       }
-      if (r.direction > 0) {
-        read(a.grad_u, r, window.tile);
-      } else {
-        for (int t = 0; t < r.tokens; ++t) window.tile[t] = Vec{};
-      }
-      for (int t = 0; t < r.tokens; ++t)
-        for (int64_t j = 0; j <= window.history; ++j)
-          window.tile[t] += window.grads[t + j] * window.taps[window.history - j];
-      write(a.grad_u, r, window.tile);
     }
     int64_t row = r.batch * a.directions + r.direction;
-    for (int64_t j = 0; j <= window.history; ++j)
-      scatter(a.grad_taps + (row * a.width + j) * a.channels + r.channel, 1, r.channels, window.grad_taps[j]);
-    scatter(a.grad_bias + row * a.channels + r.channel, 1, r.channels, window.grad_bias);
+    for (Window& window : windows) {
+      for (int64_t j = 0; j <= window.history; ++j)
+        scatter(
+            a.grad_taps + (row * a.width + j) * a.channels + window.channel, 1, window.channels, window.grad_taps[j]);
+      scatter(a.grad_bias + row * a.channels + window.channel, 1, window.channels, window.grad_bias);
+    }
   });
 }
 
