@@ -335,7 +335,6 @@ class TestProperties:
         "train": ["train"],
         "evaluate": ["train", "evaluate"],
         "infer": ["inference"],
-        "train_graph": ("train", "cuda_graph"),
     }
 
     @pytest.mark.parametrize("volume", [False, True], ids=["2d", "3d"])
