@@ -387,7 +387,7 @@ def main(
         more: more systems, in the form of `SYSTEMS`.
         weights: by system, a file of weights to load in place of training, ``{draw}`` in its name standing for the
             number of the draw. Say beside the table if they have seen test subjects.
-        configs: configs of the bundle over all that are trained, ``"['multi_gpu_train']"``.
+        configs: configs of the bundle over all that are trained, ``"['joint_loss']"``.
         draws: how many disjoint tests; fewer where the subjects do not suffice.
         test_fraction: share of the pairs in each test. All others train; the last epoch's weights are taken.
         split_by: ``subject``, or ``slice`` as the paper drew.

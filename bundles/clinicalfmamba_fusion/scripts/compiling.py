@@ -65,13 +65,16 @@ class CompiledForward:
 
     Args:
         network: its ``forward`` may be replaced by this afterwards.
+        whole: on a GPU, compile the whole network, not only what surrounds the scans; that takes a minute for each
+            shape.
     """
 
     MAX_SHAPES = 8
     WARM_UP = 3
 
-    def __init__(self, network: torch.nn.Module) -> None:
+    def __init__(self, network: torch.nn.Module, whole: bool = False) -> None:
         self.network = network
+        self.whole = whole
         self._plain: Call = network.forward
         self._compiled: Call | None = None
         self._with_compiled_scans = ScanCompiler(network)
@@ -116,21 +119,22 @@ class CompiledForward:
 
     def _record(self, x: torch.Tensor, autocast: bool, dtype: torch.dtype) -> Call:
         static = x.clone(memory_format=torch.contiguous_format)
+        forward = torch.compile(self._plain, dynamic=False) if self.whole else self._plain
 
         def run() -> torch.Tensor:
             # cached casts of weights would be recorded as they were at that moment
             with torch.autocast("cuda", dtype=dtype, enabled=autocast, cache_enabled=False):
-                return self._plain(static)
+                return forward(static)
 
         for _ in range(self.WARM_UP):
-            on_another_stream(lambda: self._with_compiled_scans(run))
+            on_another_stream(run if self.whole else lambda: self._with_compiled_scans(run))
         if self._pool is None:
             # the graphs run one after the other, and so may share their memory
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # other threads pin what comes next meanwhile
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            output = self._with_compiled_scans(run)
+            output = run() if self.whole else self._with_compiled_scans(run)
 
         def replay(x: torch.Tensor) -> torch.Tensor:
             static.copy_(x)
