@@ -13,8 +13,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import shutil
 import statistics
 import sys
 import time
@@ -30,15 +32,18 @@ BUNDLE = ROOT / "bundles" / "clinicalfmamba_fusion"
 sys.path[:0] = [str(ROOT), str(BUNDLE)]
 
 from scripts.phantom import digital_brain  # noqa: E402
+from scripts.phantom import write as write_phantom  # noqa: E402
 
 __all__ = [
     "BUNDLE",
     "CASES",
+    "figure",
     "load_network",
     "machine",
     "markdown",
     "median_time",
     "peak_memory",
+    "phantom_folder",
     "phantom_pair",
     "write_results",
 ]
@@ -75,6 +80,17 @@ def phantom_pair(batch: int, size: Sequence[int]) -> torch.Tensor:
     return pair.clamp(0, 1).expand(batch, *pair.shape).contiguous()
 
 
+def phantom_folder(folder: Path, size: Sequence[int], cases: int) -> None:
+    """Generated volumes, one brain under as many names as there shall be cases."""
+    write_phantom(str(folder), kind="volumes", subjects=1, shape=tuple(size))
+    (first,) = folder.rglob("*_t2.nii.gz")
+    for number in range(1, cases):
+        for name in ("t2", "flair"):
+            copy = folder / f"case_{number:03d}" / f"case_{number:03d}_{name}.nii.gz"
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copy(first.with_name(first.name.replace("_t2.", f"_{name}.")), copy)
+
+
 def machine(device: torch.device) -> str:
     """Name of the device, versions and day."""
     if device.type == "cuda":
@@ -90,8 +106,7 @@ def machine(device: torch.device) -> str:
 
 
 def median_time(call: Callable[[], object], device: torch.device, budget: float = 2.0, most: int = 50) -> float:
-    """Median seconds of a call, after a first one, over at least three repeats that fill ``budget`` seconds."""
-    call()
+    """Median seconds of a call that has been made before, over three repeats or more that fill ``budget`` seconds."""
     times: list[float] = []
     while len(times) < 3 or (sum(times) < budget and len(times) < most):
         if device.type == "cuda":
@@ -119,18 +134,24 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> float:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) / MIB
     try:
-        # the peak is that since now
+        # what is free goes back to the system, and the peak is that since now
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         before = _status("VmRSS")
         call()
         return (_status("VmHWM") - before) / MIB
-    except OSError:
+    except (AttributeError, OSError):
         return float("nan")
 
 
 def _status(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
+
+
+def figure(value: float) -> str:
+    """Three digits, and all before the point."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

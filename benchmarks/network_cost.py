@@ -30,7 +30,7 @@ from typing import Any
 
 import fire
 import torch
-from measuring import CASES, load_network, machine, markdown, write_results
+from measuring import CASES, figure, load_network, machine, markdown, write_results
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -177,7 +177,7 @@ def table(dims: int, speed: tuple[float, float] | None) -> tuple[str, list[dict[
 
 
 def _cell(operations: float, moved: float, seconds: float) -> str:
-    return f"{operations / 1e9:.3g} / {moved / 1e6:.3g} / {seconds * 1e6:.3g}"
+    return " / ".join(figure(value) for value in (operations / 1e9, moved / 1e6, seconds * 1e6))
 
 
 def main(output_dir: str, cpu: bool = True) -> None:

@@ -21,7 +21,7 @@ import torch
 
 from custom_nets.blocks import DirectionalSSM
 
-__all__ = ["CompiledForward", "ScanCompiler", "prepare_network"]
+__all__ = ["CompiledForward", "ScanCompiler", "channels_last", "prepare_network"]
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -32,7 +32,7 @@ def prepare_network(
     network: torch.nn.Module, device: torch.device | str, compile: bool = False
 ) -> torch.nn.Module:
     """
-    Bring a network to its device, its convolutions in the layout that they are fastest in (channels last).
+    Bring a network to its device, on a GPU with channels last, in which its convolutions are fastest.
 
     Args:
         network: changed in place; the names of its weights stay as they are, and weights may be loaded afterwards.
@@ -44,12 +44,17 @@ def prepare_network(
     """
     network.to(device)
     if torch.device(device).type == "cuda":
-        for weight in network.parameters():
-            if weight.ndim in CHANNELS_LAST:
-                weight.data = weight.data.to(memory_format=CHANNELS_LAST[weight.ndim])
+        channels_last(network)
     if compile:
         network.forward = CompiledForward(network)  # type: ignore[method-assign]
     return network
+
+
+def channels_last(network: torch.nn.Module) -> None:
+    """Lay the weights of convolutions out so, which their results then follow."""
+    for weight in network.parameters():
+        if weight.ndim in CHANNELS_LAST:
+            weight.data = weight.data.to(memory_format=CHANNELS_LAST[weight.ndim])
 
 
 class CompiledForward:
