@@ -49,13 +49,7 @@ __all__ = [
 ]
 
 # batch and size
-CASES = [
-    (1, (128, 128)),
-    (16, (128, 128)),
-    (1, (256, 256)),
-    (1, (128, 128, 128)),
-    (1, (240, 240, 155)),
-]
+CASES = [(1, (128, 128)), (16, (128, 128)), (1, (256, 256)), (1, (128, 128, 128)), (1, (240, 240, 155))]
 
 MIB = 2**20
 
@@ -63,7 +57,9 @@ MIB = 2**20
 def load_network(spatial_dims: int, weights: bool = True) -> torch.nn.Module:
     """The network of the bundle's configs, in evaluation, with the weights that ship if they are wanted."""
     parser = ConfigParser()
-    parser.read_config([str(BUNDLE / "configs" / name) for name in ["inference.json", "volume.json"][: spatial_dims - 1]])
+    parser.read_config(
+        [str(BUNDLE / "configs" / name) for name in ["inference.json", "volume.json"][: spatial_dims - 1]]
+    )
     parser["bundle_root"] = str(BUNDLE)
     network = parser.get_parsed_content("network_def")
     if weights:

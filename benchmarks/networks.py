@@ -94,7 +94,7 @@ def attempt(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What was measured, or why it was not."""
     try:
         return measure()
-    except torch.OutOfMemoryError:
+    except torch.cuda.OutOfMemoryError:
         return {"seconds": None, "error": "out of memory"}
     finally:
         if torch.cuda.is_available():
@@ -196,9 +196,7 @@ def with_loading(case: Case, device: torch.device, steps: int, skipped: int, wor
         trainer = flow.parser.get_parsed_content("train#trainer")
         asked = [0.0]
         trainer.add_event_handler(Events.GET_BATCH_STARTED, lambda _: asked.__setitem__(0, time.perf_counter()))
-        trainer.add_event_handler(
-            Events.GET_BATCH_COMPLETED, lambda _: waited.append(time.perf_counter() - asked[0])
-        )
+        trainer.add_event_handler(Events.GET_BATCH_COMPLETED, lambda _: waited.append(time.perf_counter() - asked[0]))
         trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda _: moments.append(time.perf_counter()))
         flow.run()
         flow.finalize()
@@ -271,8 +269,8 @@ def main(
         found = with_loading(loading, where, 3 * steps, skipped, workers, where.type == "cuda")
         records.append({"measured": "training with data loading", "case": title(loading), "workers": workers, **found})
         parts.append(
-            f"Training with data loading, {title(loading)}, {workers} workers: {found['images_per_second']:.2f} images a"
-            f" second, {100 * found['waiting']:.0f} % of the time waiting for data."
+            f"Training with data loading, {title(loading)}, {workers} workers: {found['images_per_second']:.2f} images"
+            f" a second, {100 * found['waiting']:.0f} % of the time waiting for data."
         )
     write_results(output_dir, "networks", parts, {"machine": machine(where), "results": records})
 

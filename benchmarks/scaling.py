@@ -84,7 +84,14 @@ def main(
     peaks, times = zip(*measured.values())
     lines = {"ms": fit(voxels, times), "peak MiB": fit(voxels, peaks)}
     rows = [
-        [f"{side}^3", f"{voxels_:,}", figure(ms), f"{1e6 * ms / voxels_:.0f}", f"{peak:.0f}", figure(peak * 2**20 / voxels_)]
+        [
+            f"{side}^3",
+            f"{voxels_:,}",
+            figure(ms),
+            f"{1e6 * ms / voxels_:.0f}",
+            f"{peak:.0f}",
+            figure(peak * 2**20 / voxels_),
+        ]
         for (side, (peak, ms)), voxels_ in zip(measured.items(), voxels)
     ]
     fits = [

@@ -86,10 +86,10 @@ def test_what_the_network_refuses_it_still_refuses(monkeypatch):
 
 def test_too_little_memory_is_no_missing_compiler(monkeypatch, caplog):
     def too_large(_function: Callable) -> Callable:
-        raise torch.OutOfMemoryError
+        raise torch.cuda.OutOfMemoryError
 
     replace_compiler(monkeypatch, too_large)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(torch.cuda.OutOfMemoryError):
         prepare_network(network(), "cpu", compile=True)(image(16, 16))
     assert not caplog.records
 

@@ -28,9 +28,7 @@ CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 Call = Callable[..., torch.Tensor]
 
 
-def prepare_network(
-    network: torch.nn.Module, device: torch.device | str, compile: bool = False
-) -> torch.nn.Module:
+def prepare_network(network: torch.nn.Module, device: torch.device | str, compile: bool = False) -> torch.nn.Module:
     """
     Bring a network to its device, on a GPU with channels last, in which its convolutions are fastest.
 
@@ -101,7 +99,7 @@ class CompiledForward:
             return self._plain(x)
         try:
             return self._replay(x) if x.is_cuda else self._compile(x)
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:  # a missing or failing compiler raises many kinds
             self._failed = True
@@ -171,7 +169,7 @@ class ScanCompiler:
             try:
                 with _compiled(self.network):
                     return function(*args)
-            except torch.OutOfMemoryError:
+            except torch.cuda.OutOfMemoryError:
                 raise
             except Exception as error:  # a missing or failing compiler raises many kinds
                 self._works = False

@@ -29,7 +29,8 @@ __all__ = ["CaseWriters"]
 
 Failures = list[tuple[str, str]]
 
-_postprocessing: Callable[[Mapping[Hashable, Any]], Any]
+# of this process, if it is one that writes
+_postprocessing: Callable[[Mapping[Hashable, Any]], Any] | None = None
 
 
 class CaseWriters:
@@ -132,6 +133,7 @@ def _end_with_parent() -> None:
 
 def _write(item: Mapping[Hashable, Any]) -> str:
     """Reason of a failure, or nothing; not the exception, which may not survive the way back."""
+    assert _postprocessing is not None
     try:
         _postprocessing(item)
     except Exception as error:
