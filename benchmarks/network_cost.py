@@ -86,7 +86,7 @@ class CostCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        packet = func.overloadpacket
+        packet = _out_of_place(func.overloadpacket)
         if packet in self.formulas:
             tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
             cost = self.costs[self.stage_of(self.tracker.parents)]
@@ -95,6 +95,11 @@ class CostCounter(TorchDispatchMode):
         elif func.namespace == "custom_nets":
             raise RuntimeError(f"{func} has no formula: say in formulas() what it computes.")
         return result
+
+
+def _out_of_place(packet: Any) -> Any:
+    name = packet.__name__
+    return getattr(torch.ops.aten, name[:-1], packet) if name.endswith("_") and not name.startswith("_") else packet
 
 
 def stages(network: torch.nn.Module) -> dict[str, str]:
@@ -109,7 +114,8 @@ def stages(network: torch.nn.Module) -> dict[str, str]:
     known |= dict.fromkeys(["refine", "refine_norm"], "Mamba blocks before the decoder")
     number = 0
     for name, module in network.decoder.named_children():
-        number += isinstance(module, torch.nn.Upsample)
+        # each begins with its convolution, the only one that it has
+        number += any(weight.ndim > 3 for weight in module.parameters())
         known[f"decoder.{name}"] = f"decoder, stage {number}"
     return {**known, "skip": "channel attention (CMCA)", "head": "head"}
 

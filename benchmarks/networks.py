@@ -121,7 +121,9 @@ def forward(case: Case, setting: Setting, device: torch.device, images: torch.Te
     return {**found, "peak_mib": peak_memory(call, device), "seconds": median_time(call, device)}
 
 
-def training_step(case: Case, setting: Setting, device: torch.device, loss: str, steps: int, skipped: int) -> dict:
+def training_step(
+    case: Case, setting: Setting, device: torch.device, configs: Sequence[str], steps: int, skipped: int
+) -> dict:
     """Time and memory of a step of the bundle's trainer, data on the device already."""
     batch, size = case
     network = load_network(len(size), weights=False).to(device)
@@ -141,7 +143,7 @@ def training_step(case: Case, setting: Setting, device: torch.device, loss: str,
         train_data_loader=[{"image": images, "label": images}] * steps,
         network=network,
         optimizer=optimizer,
-        loss_function=load_loss(loss, len(size)),
+        loss_function=load_loss(configs, len(size)),
         amp=setting.bfloat16,
         amp_kwargs={"dtype": torch.bfloat16},
         compile=graph,
@@ -161,11 +163,11 @@ def training_step(case: Case, setting: Setting, device: torch.device, loss: str,
     return {"seconds": sorted(taken)[len(taken) // 2], "peak_mib": peak}
 
 
-def load_loss(name: str, spatial_dims: int) -> torch.nn.Module:
-    """That of the paper, or of the config of this name."""
+def load_loss(configs: Sequence[str], spatial_dims: int) -> torch.nn.Module:
+    """That of the bundle's training with further configs."""
     parser = ConfigParser()
-    configs = ["train", *([] if name == "paper" else [name]), *(["volume"] if spatial_dims == 3 else [])]
-    parser.read_config([str(BUNDLE / "configs" / f"{config}.json") for config in configs])
+    names = ["train", *configs, *(["volume"] if spatial_dims == 3 else [])]
+    parser.read_config([str(BUNDLE / "configs" / f"{name}.json") for name in names])
     return parser.get_parsed_content("loss")
 
 
@@ -190,7 +192,7 @@ def with_loading(case: Case, device: torch.device, steps: int, skipped: int, wor
             max_epochs=1,
             val_interval=1000,
             compile=compiled,
-            **{"train#sampler#num_samples": steps * batch},
+            **{"train#sampler#num_samples": steps * batch, "train#handlers": []},
         )
         flow.initialize()
         trainer = flow.parser.get_parsed_content("train#trainer")
@@ -198,7 +200,7 @@ def with_loading(case: Case, device: torch.device, steps: int, skipped: int, wor
         trainer.add_event_handler(Events.GET_BATCH_STARTED, lambda _: asked.__setitem__(0, time.perf_counter()))
         trainer.add_event_handler(Events.GET_BATCH_COMPLETED, lambda _: waited.append(time.perf_counter() - asked[0]))
         trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda _: moments.append(time.perf_counter()))
-        flow.run()
+        trainer.run()
         flow.finalize()
     taken = moments[-1] - moments[skipped - 1]
     return {"images_per_second": batch * (len(moments) - skipped) / taken, "waiting": sum(waited[skipped:]) / taken}
@@ -227,7 +229,7 @@ def main(
     cases: Sequence[Case] = tuple(CASES),
     training: Sequence[Case] = ((1, (128, 128, 128)),),
     loading: Case | None = (1, (128, 128, 128)),
-    loss: str = "paper",
+    configs: Sequence[str] = (),
     steps: int = 20,
     workers: int = 2,
     compile_on_cpu: bool = False,
@@ -239,7 +241,7 @@ def main(
         cases: batch and size of the forward passes.
         training: batch and size of the training steps; an empty list leaves them out.
         loading: batch and size of training with data loading; None leaves it out.
-        loss: ``paper``, or a config of the bundle, as ``joint_loss``.
+        configs: configs of the bundle that change the loss of the training steps.
         steps: training steps, of which the first five are not counted.
         workers: processes that load.
         compile_on_cpu: compile the network on a CPU, too, which takes minutes for each case.
@@ -262,8 +264,8 @@ def main(
     for case in tqdm(training, desc="training"):
         # the trainer has neither bfloat16 on a CPU nor more than the scans compiled
         choice = [s for s in settings if s.compiled != "whole" and not (where.type == "cpu" and s.bfloat16)]
-        run = {s: attempt(lambda s=s: training_step(case, s, where, loss, steps, skipped)) for s in choice}
-        note(f"training step ({loss} loss)", case, run)
+        run = {s: attempt(lambda s=s: training_step(case, s, where, configs, steps, skipped)) for s in choice}
+        note(f"training step ({load_loss(configs, len(case[1])).__class__.__name__})", case, run)
     parts = [machine(where), markdown(["", "setting", "ms", "times as fast", "peak MiB", "mean difference"], rows)]
     if loading is not None:
         found = with_loading(loading, where, 3 * steps, skipped, workers, where.type == "cuda")

