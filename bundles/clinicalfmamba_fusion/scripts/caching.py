@@ -30,6 +30,7 @@ def cached_dataset(
     cache_rate: float = 1.0,
     num_workers: int = 1,
     cache_dir: str | os.PathLike | None = None,
+    progress: bool = True,
 ) -> Dataset:
     """
     Dataset that runs the transforms before the first random one only once.
@@ -41,12 +42,13 @@ def cached_dataset(
         num_workers: threads that fill the memory at the start.
         cache_dir: folder that keeps all items instead, without metadata, for later runs too. Items whose files or
             transforms have changed are made anew; what is no longer needed stays until the folder is deleted.
+        progress: show a progress bar while the memory fills.
 
     Returns:
         a `monai.data.CacheDataset`, or a `monai.data.PersistentDataset` if there is a folder.
     """
     if cache_dir is None:
-        return CacheDataset(data, transform, cache_rate=cache_rate, num_workers=num_workers)
+        return CacheDataset(data, transform, cache_rate=cache_rate, num_workers=num_workers, progress=progress)
     return PersistentDataset(data, transform, cache_dir, hash_func=hash_case, hash_transform=pickle_hashing)
 
 
