@@ -398,7 +398,7 @@ def main(
         more: more systems, in the form of `SYSTEMS`.
         weights: by system, a file of weights to load in place of training, ``{draw}`` in its name standing for the
             number of the draw. Say beside the table if they have seen test subjects.
-        configs: configs of the bundle over all that are trained, ``"['cuda_graph']"``.
+        configs: configs of the bundle over all that are trained, in their order.
         draws: how many disjoint tests; fewer where the subjects do not suffice.
         test_fraction: share of the pairs in each test. All others train; the last epoch's weights are taken.
         split_by: ``subject``, or ``slice`` as the paper drew.
@@ -409,7 +409,7 @@ def main(
         pictures: cases in the picture.
         jobs: runs side by side on one device, which disturbs the times per image.
         minutes: start no run after so many minutes; call again to go on.
-        overrides: ids of the configs, e.g. ``--num_workers 2 --device cuda:0 --train#sampler#num_samples 800``.
+        overrides: ids of the configs, e.g. ``--compile True --device cuda:0 --train#sampler#num_samples 800``.
 
     Raises:
         ValueError: when a task or row is unknown, a label is given twice, or ``output_dir`` holds another protocol.

@@ -331,12 +331,7 @@ class TestVolumes:
 
 
 class TestProperties:
-    CONFIGS = {
-        "train": ["train"],
-        "evaluate": ["train", "evaluate"],
-        "infer": ["inference"],
-        "train_graph": ("train", "cuda_graph"),
-    }
+    CONFIGS = {"train": ["train"], "evaluate": ["train", "evaluate"], "infer": ["inference"]}
 
     @pytest.mark.parametrize("volume", [False, True], ids=["2d", "3d"])
     @pytest.mark.parametrize("task", CONFIGS)

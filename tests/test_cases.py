@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import pydicom
 import pytest
 import torch
 from dicom_samples import IDENTITY, affine_lps, write_series
+from ignite.engine import Engine, Events
 from monai.bundle import ConfigWorkflow
 from PIL import Image
 
@@ -124,7 +126,8 @@ def write_volumes(folder: Path, *cases: str) -> None:
             nib.save(image, folder / f"{case}_{name}.nii.gz")
 
 
-def test_failing_cases_are_listed_and_the_others_finished(weights: dict, tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_writers", [0, 2])
+def test_failing_cases_are_listed_and_the_others_finished(weights: dict, tmp_path: Path, num_writers: int) -> None:
     write_volumes(tmp_path / "in", "a", "b", "c", "d")
     # what only loading, and what only writing finds
     truncated = tmp_path / "in" / "b_flair.nii.gz"
@@ -136,7 +139,7 @@ def test_failing_cases_are_listed_and_the_others_finished(weights: dict, tmp_pat
     (tmp_path / "out" / "c").write_text("a file where the folder of the case should be")
     (tmp_path / "out" / "failed.csv").write_text("of an earlier run")
     with pytest.raises(RuntimeError) as error:
-        fuse(weights, tmp_path / "out", dataset_dir=tmp_path / "in", report=False)
+        fuse(weights, tmp_path / "out", dataset_dir=tmp_path / "in", report=False, num_writers=num_writers)
     cause = error.value.__cause__ or error.value
     assert "2 of 4 cases failed, " in str(cause) and "failed.csv lists them; b: " in str(cause)
     failed = failures(tmp_path / "out")
@@ -150,11 +153,38 @@ def test_failing_cases_are_listed_and_the_others_finished(weights: dict, tmp_pat
     (tmp_path / "out" / "c").unlink()
     (tmp_path / "in" / "b_flair.nii").write_bytes((tmp_path / "whole.nii").read_bytes())
     before = (tmp_path / "out" / "a" / "a_fused.nii.gz").stat().st_mtime_ns
-    fuse(weights, tmp_path / "out", dataset_dir=tmp_path / "in", resume=True, report=False)
+    settings = {"resume": True, "report": False, "num_writers": num_writers}
+    fuse(weights, tmp_path / "out", dataset_dir=tmp_path / "in", **settings)
     assert names(tmp_path / "out") == sorted(f"{c}/{c}_{end}" for c in "abcd" for end in ("fused.nii.gz", "panel.png"))
     assert (tmp_path / "out" / "a" / "a_fused.nii.gz").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="are finished: set resume to false"):
         find_cases(tmp_path / "in", ["t2", "flair"], finished=(tmp_path / "out", ".nii.gz"))
+
+
+def test_what_is_being_written_when_a_run_is_interrupted_is_finished(weights: dict, tmp_path: Path) -> None:
+    write_volumes(tmp_path / "in", *"abcdef")
+    settings = {"checkpoint": weights[3], "output_dir": str(tmp_path / "out"), "dataset_dir": str(tmp_path / "in")}
+    flow = workflow(["inference", "volume"], num_writers=1, **settings)
+
+    def interrupt(_engine: Engine) -> None:
+        raise KeyboardInterrupt
+
+    flow.evaluator.add_event_handler(Events.ITERATION_COMPLETED(once=4), interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        flow.run()
+    written = names(tmp_path / "out")
+    finished = [case for case in "abcdef" if f"{case}/{case}_fused.nii.gz" in written]
+    # each of them with all its files, and nothing of the others
+    assert 1 <= len(finished) <= 4 and finished == list("abcdef")[: len(finished)]
+    ends = ("fused.nii.gz", "panel.png", "report.html", "report.json")
+    assert [name for name in written if "/" in name] == sorted(f"{c}/{c}_{end}" for c in finished for end in ends)
+    # what the network took is told by each case's own report
+    seconds = [json.loads((tmp_path / f"out/{c}/{c}_report.json").read_text())["seconds"] for c in finished]
+    assert len(set(seconds)) == len(finished) and min(seconds) > 0
+
+    fuse(weights, tmp_path / "out", dataset_dir=tmp_path / "in", resume=True, num_writers=1)
+    assert len(names(tmp_path / "out")) == 6 * 4 + 1
+    assert (tmp_path / "out" / "index.html").read_text().count("_report.html") >= 6
 
 
 def test_the_command_ends_with_a_code_and_the_reason(tmp_path: Path, weights: dict) -> None:

@@ -20,8 +20,12 @@ from monai.data import DataLoader, Dataset, MetaTensor
 from monai.engines import SupervisedEvaluator
 from monai.transforms import Compose, CopyItemsd
 
+from custom_nets.nets import ClinicalFMamba
 from scripts.inferers import FusionInferer
+from scripts.phantom import digital_brain
 from scripts.transforms import LoadPaird
+
+BUNDLE = Path(__file__).resolve().parents[1] / "bundles" / "clinicalfmamba_fusion"
 
 
 class Mean(torch.nn.Module):
@@ -54,6 +58,34 @@ def test_windows_above(shape: tuple[int, ...]) -> None:
     assert len(network.calls) > 1
     assert {call[2:] for call in network.calls} == {(8,) * (len(shape) - 2)}
     assert max(call[0] for call in network.calls) == 4
+
+
+def test_windows_where_the_memory_ends(caplog: pytest.LogCaptureFixture) -> None:
+    class Small(Mean):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if x[0, 0].numel() > 400:
+                raise torch.cuda.OutOfMemoryError
+            return super().forward(x)
+
+    x, network = torch.rand(1, 2, 24, 33), Small()
+    torch.testing.assert_close(FusionInferer(roi_size=16, max_voxels=1000)(x, network), x.mean(1, keepdim=True))
+    assert len(network.calls) > 1
+    assert "does not hold 24 x 33 at once" in caplog.text
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        FusionInferer(roi_size=24, max_voxels=1000)(x, Small())
+
+
+@pytest.mark.parametrize(("dims", "size", "roi_size"), [(2, (96, 128), 96), (3, (64, 64, 48), 48)])
+def test_windows_are_equal_to_the_whole_up_to_blending(dims: int, size: tuple[int, ...], roi_size: int) -> None:
+    network = ClinicalFMamba(dims, strides=(1, 2, 2) if dims == 2 else (2, 2, 2)).eval()
+    weights = BUNDLE / "models" / ("model.pt" if dims == 2 else "volume/model.pt")
+    network.load_state_dict(torch.load(weights, weights_only=True))
+    brain = digital_brain(size)
+    pair = torch.from_numpy(np.stack([brain[name] for name in ("t2", "flair")])).float()[None]
+    with torch.no_grad():
+        whole, windows = (FusionInferer(roi_size, voxels)(pair, network) for voxels in (10**6, 1))
+    # channel attention and scans see less in a window
+    assert 0 < (whole - windows).abs().mean() < 0.01
 
 
 def test_only_the_box_with_content() -> None:

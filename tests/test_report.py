@@ -274,7 +274,7 @@ class TestIndex:
         self, folder: Path, cases: list[str], timer: CaseTimer | None = None, seen: list[int] | None = None
     ) -> None:
         timer = timer or CaseTimer()
-        transform = Compose([SaveReportd(output_dir=folder, metrics=METRICS, timer=timer)])
+        transform = Compose([SaveReportd(output_dir=folder, metrics=METRICS)])
         items = [{k: v for k, v in item(16, 16, case=case).items() if k != "pred"} for case in cases]
         evaluator = SupervisedEvaluator(
             device="cpu",

@@ -15,19 +15,20 @@ from __future__ import annotations
 import csv
 import os
 import shutil
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
 from monai.data import Dataset
-from monai.engines import SupervisedEvaluator
+from monai.engines import IterationEvents, SupervisedEvaluator
 from monai.transforms import Transform
 
 from scripts.data import case_name, common_name, dataset_root, find_pairs, replacing
 from scripts.dicom_series import is_dicom
-from scripts.errors import cause_of
+from scripts.errors import reason_of
 from scripts.identity import hashed_case
+from scripts.writers import CaseWriters
 
 __all__ = ["CaseDataset", "CaseEvaluator", "FinishCased", "find_cases"]
 
@@ -130,7 +131,7 @@ class CaseDataset(Dataset):
         try:
             return super()._transform(index)
         except Exception as error:
-            return {"case": self.data[index]["case"], FAILURE: _reason(error)}
+            return {"case": self.data[index]["case"], FAILURE: reason_of(error)}
 
 
 class CaseEvaluator(SupervisedEvaluator):
@@ -141,12 +142,16 @@ class CaseEvaluator(SupervisedEvaluator):
     Args:
         args: as `monai.engines.SupervisedEvaluator`, as is ``kwargs``; the loader has batches of one case.
         output_dir: folder of ``failed.csv``.
+        num_writers: processes that do the postprocessing, on the CPU, while the network runs on the next cases; with 0
+            it is done between them, where the network runs.
     """
 
-    def __init__(self, *args: Any, output_dir: str | os.PathLike, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args: Any, output_dir: str | os.PathLike, num_writers: int = 0, **kwargs: Any) -> None:
         self.output_dir = Path(output_dir)
+        self.num_writers = num_writers
         self.failures: list[tuple[str, str]] = []
+        self._writers: CaseWriters | None = None
+        super().__init__(*args, **kwargs)
 
     def run(self) -> None:  # type: ignore[override]
         """
@@ -158,6 +163,9 @@ class CaseEvaluator(SupervisedEvaluator):
         try:
             super().run()
         finally:
+            if self._writers is not None:
+                # those that have begun end well, also after an interruption
+                self._note_written(self._writers.close())
             shutil.rmtree(self.output_dir / PARTIAL, ignore_errors=True)
         if self.failures:
             case, reason = self.failures[0]
@@ -172,9 +180,31 @@ class CaseEvaluator(SupervisedEvaluator):
                 return super()._iteration(engine, batchdata)  # type: ignore[arg-type]
             reason = batchdata[FAILURE][0]
         except Exception as error:
-            reason = _reason(error)
+            reason = reason_of(error)
         self._note(batchdata["case"][0], reason)
         return {}
+
+    def _register_postprocessing(self, posttrans: Callable) -> None:
+        if not self.num_writers:
+            super()._register_postprocessing(posttrans)
+            return
+        self._writers = writers = CaseWriters(posttrans, self.num_writers)
+        # before the loader's threads are there
+        self.add_event_handler(Events.STARTED, lambda _engine: writers.start())
+
+        @self.on(IterationEvents.MODEL_COMPLETED)
+        def _hand_over(engine: Engine) -> None:
+            for item, output in zip(engine.state.batch, engine.state.output):  # type: ignore[call-overload, arg-type]
+                # the sources are still where they were loaded
+                self._note_written(writers.submit(item["case"], {**output, **item}))
+
+        @self.on(Events.EPOCH_COMPLETED)
+        def _wait(_engine: Engine) -> None:
+            self._note_written(writers.wait())
+
+    def _note_written(self, failures: Sequence[tuple[str, str]]) -> None:
+        for case, reason in failures:
+            self._note(case, reason)
 
     def _note(self, case: str, reason: str) -> None:
         self.failures.append((case, reason))
@@ -203,10 +233,3 @@ class FinishCased(Transform):
             (self.output_dir / case).mkdir(parents=True, exist_ok=True)
             os.replace(file, self.output_dir / case / file.name)
         return data
-
-
-def _reason(error: Exception) -> str:
-    cause = cause_of(error)
-    text = " ".join(str(cause).split())
-    # what this project raises is a sentence, what others raise needs its kind to be understood
-    return text if isinstance(cause, (FileNotFoundError, ValueError)) else f"{type(cause).__name__}: {text}"

@@ -16,7 +16,7 @@ import sys
 from types import TracebackType
 from typing import NoReturn
 
-__all__ = ["cause_of", "refuse", "show_cause_last"]
+__all__ = ["cause_of", "reason_of", "refuse", "show_cause_last"]
 
 # how the exceptions begin that MONAI's config parser and transforms put around one
 WRAPPERS = ("Failed to instantiate", "Failed to evaluate", "applying transform")
@@ -56,3 +56,10 @@ def cause_of(error: BaseException) -> BaseException:
     while error.__cause__ is not None and str(error).startswith(WRAPPERS):
         error = error.__cause__
     return error
+
+
+def reason_of(error: BaseException) -> str:
+    """What went wrong as one line: what this project raises is a sentence, what others raise needs its kind, too."""
+    cause = cause_of(error)
+    text = " ".join(str(cause).split())
+    return text if isinstance(cause, (FileNotFoundError, ValueError)) else f"{type(cause).__name__}: {text}"

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -32,15 +33,15 @@ SIGMA = 0.18
 
 class FusionInferer(Inferer):
     """
-    Run a fusion network on the whole image up to ``max_voxels``. Above that, run it on overlapping windows that are
-    blended with Gaussian weights, and only on the box that holds anything: what both sources leave empty around it is 0
-    in the fused image, too. The result keeps the metadata of the input, so that every fused image of a batch is saved
-    with its own affine and name.
+    Run a fusion network on the whole image up to ``max_voxels``. Above that, and where a GPU's memory ends, run it on
+    overlapping windows that are blended with Gaussian weights, and only on the box that holds anything: what both
+    sources leave empty around it is 0 in the fused image, too. The result keeps the metadata of the input, so that
+    every fused image of a batch is saved with its own affine and name.
 
     Args:
         roi_size: largest window size; -1 takes the whole axis. An axis shorter than its window is taken whole, not
             padded, and a longer one is divided into even windows.
-        max_voxels: largest spatial size, in pixels or voxels, that the network is run on at once.
+        max_voxels: largest spatial size, in pixels or voxels, that it is tried to run the network on at once.
         overlap: share of a window that it has in common with the next.
         sw_batch_size: number of windows per run of the network.
         device: where the result of windows is put together, e.g. ``"cpu"`` to save GPU memory; by default where the
@@ -79,27 +80,40 @@ class FusionInferer(Inferer):
         """
         # every operation of a network on a MetaTensor costs a dispatch in Python
         plain = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
-        size = plain.shape[2:]
-        if size.numel() <= self.max_voxels:
-            fused = network(plain, *args, **kwargs)
-        else:
-            box = _content(plain)
-            content = plain[box]
-            windows = SlidingWindowInferer(
-                roi_size=self._window(content.shape[2:]),
-                sw_batch_size=self.sw_batch_size,
-                overlap=self.overlap,
-                mode="gaussian",
-                sigma_scale=SIGMA,
-                device=self.device,
-                progress=self.progress,
-            )
-            inside: torch.Tensor = windows(content, network, *args, **kwargs)  # type: ignore[assignment]
-            fused = inside.new_zeros(plain.shape[0], 1, *size)
-            fused[box] = inside
+        fused = None
+        if plain.shape[2:].numel() <= self.max_voxels:
+            try:
+                fused = network(plain, *args, **kwargs)
+            except torch.cuda.OutOfMemoryError:
+                shape = " x ".join(map(str, plain.shape[2:]))
+                logging.getLogger(__name__).warning(
+                    f"The GPU's memory does not hold {shape} at once: fusing windows. A lower max_voxels spares it."
+                )
+        # not in the except block, which keeps what the try has allocated
+        if fused is None:
+            fused = self._fuse_windows(plain, network, *args, **kwargs)
         # half precision is the network's affair, what is measured and saved is not rounded to it
         fused = fused.to(plain.dtype).clamp(0, 1)
         return MetaTensor(fused).copy_meta_from(inputs) if isinstance(inputs, MetaTensor) else fused
+
+    def _fuse_windows(
+        self, plain: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        box = _content(plain)
+        content = plain[box]
+        windows = SlidingWindowInferer(
+            roi_size=self._window(content.shape[2:]),
+            sw_batch_size=self.sw_batch_size,
+            overlap=self.overlap,
+            mode="gaussian",
+            sigma_scale=SIGMA,
+            device=self.device,
+            progress=self.progress,
+        )
+        inside: torch.Tensor = windows(content, network, *args, **kwargs)  # type: ignore[assignment]
+        fused = inside.new_zeros(plain.shape[0], 1, *plain.shape[2:])
+        fused[box] = inside
+        return fused
 
     def _window(self, size: torch.Size) -> list[int]:
         """As many windows as `roi_size` needs, but no larger than they have to be."""

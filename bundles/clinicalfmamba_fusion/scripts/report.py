@@ -53,7 +53,8 @@ METRIC_NAMES = {
 
 class CaseTimer:
     """
-    Ignite handler that times the network: from a batch's arrival to its fused images, per case.
+    Ignite handler that times the network: from a batch's arrival to its fused images, per case. Each item gets the time
+    as ``seconds``, for `SaveReportd`.
 
     Attributes:
         seconds: of the last batch, per case; None before the first.
@@ -79,6 +80,7 @@ class CaseTimer:
         if pred.is_cuda:
             torch.cuda.synchronize(pred.device)
         self.seconds = (time.perf_counter() - self._started) / len(pred)
+        engine.state.batch["seconds"] = [self.seconds] * len(pred)  # type: ignore[index, call-overload]
 
 
 class SaveReportd(MapTransform):
@@ -100,11 +102,11 @@ class SaveReportd(MapTransform):
         metrics: the metrics to compute, by name.
         checkpoint: file of the weights, for its name and SHA-256.
         device: that of the network.
-        timer: tells how long the network took, if it is attached to the engine.
         image_key: key of the sources ``(2, H, W[, D])`` in [0, 1], in the grid of the fused image.
         chroma_key: key of the partner's chroma, which an item may have (see ``LoadPaird``).
         colour_space: that of ``LoadPaird``.
         info_key: see above.
+        seconds_key: key of the time that the network took, which an item may have (see `CaseTimer`).
         titles: names of the two sources whose modality ``info_key`` does not tell.
         difference_limit: end of the colour scale of the difference, on both sides.
         allow_missing_keys: do not raise when a key is missing.
@@ -117,11 +119,11 @@ class SaveReportd(MapTransform):
         metrics: Mapping[str, FusionMetric] | None = None,
         checkpoint: str | Path | None = None,
         device: torch.device | str = "cpu",
-        timer: CaseTimer | None = None,
         image_key: str = "image",
         chroma_key: str = "chroma",
         colour_space: str = "ycbcr",
         info_key: str = "fusion_info",
+        seconds_key: str = "seconds",
         titles: Sequence[str] = ("MRI", "Partner"),
         difference_limit: float = 0.5,
         allow_missing_keys: bool = False,
@@ -130,12 +132,13 @@ class SaveReportd(MapTransform):
         self.output_dir = Path(output_dir)
         self.metrics = dict(metrics or {})
         self.checkpoint = checkpoint
-        self.device = torch.device(device)
-        self.timer = timer
+        # now, since a process that writes must not touch the GPU
+        self.device = _describe_device(torch.device(device))
         self.image_key = image_key
         self.chroma_key = chroma_key
         self.colour_space = check_colour_space(colour_space)
         self.info_key = info_key
+        self.seconds_key = seconds_key
         self.titles = tuple(titles)
         self.difference_limit = difference_limit
 
@@ -157,7 +160,7 @@ class SaveReportd(MapTransform):
         record = {
             "case": case,
             "created": datetime.now().astimezone().isoformat(timespec="seconds"),
-            "seconds": self.timer.seconds if self.timer else None,
+            "seconds": data.get(self.seconds_key),
             "inputs": inputs,
             "registration": _registration(info.get("registration")),
             "metrics": self._measure(data, key),
@@ -215,7 +218,7 @@ class SaveReportd(MapTransform):
             "pytorch": torch.__version__,
             "monai": monai.__version__,
             "python": platform.python_version(),
-            "device": _describe_device(self.device),
+            "device": self.device,
         }
 
     def _pictures(self, cut: Cut, titles: Sequence[str]) -> dict[str, Any]:

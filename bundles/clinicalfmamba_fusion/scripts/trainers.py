@@ -13,8 +13,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,7 +21,7 @@ from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys as Keys
 from monai.utils import convert_to_tensor
 
-from custom_nets.blocks import DirectionalSSM
+from scripts.compiling import ScanCompiler, on_another_stream
 
 __all__ = ["CUDAGraphTrainer"]
 
@@ -35,12 +33,13 @@ class CUDAGraphTrainer(SupervisedTrainer):
     scans is compiled into a few kernels first, where a compiler is there.
 
     The first steps run one by one, as a warm-up, then one is recorded. Batches of another shape than the recorded one
-    (the last of an epoch, unless the loader drops it), and all batches on a CPU, run step by step. The optimizer must
-    keep its state and learning rate on the GPU: ``capturable=True`` and ``lr`` as a tensor. Accumulation of gradients
-    and batches with further arguments are not served.
+    (the last of an epoch), and all batches on a CPU and of several processes, run step by step. The optimizer must keep
+    its state and learning rate on the GPU: ``capturable=True`` and ``lr`` as a tensor. Accumulation of gradients and
+    batches with further arguments are not served.
 
     Args:
         args, kwargs: those of `SupervisedTrainer`.
+        compile: whether to do so; without it, this is a `SupervisedTrainer`.
 
     Raises:
         ValueError: when gradients would have to be scaled or accumulated, which a graph can not decide on.
@@ -48,25 +47,30 @@ class CUDAGraphTrainer(SupervisedTrainer):
 
     WARM_UP = 3
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, compile: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._records = compile and torch.device(self.state.device).type == "cuda"
+        if self._records and isinstance(self.network, torch.nn.parallel.DistributedDataParallel):
+            self._records = False
+            logging.getLogger(__name__).warning("Not compiled: each of several processes launches its own kernels.")
+        if not compile:
+            return
         if self.amp and self.amp_kwargs.get("dtype") != torch.bfloat16:
             raise ValueError(
                 "a CUDA graph trains in bfloat16 or float32: set amp_dtype to torch.bfloat16 or amp to false."
             )
         if self.accumulation_steps > 1:
             raise ValueError("a CUDA graph does not accumulate gradients: raise batch_size instead.")
+        self._compiled_scans = ScanCompiler(self.network)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._batch: list[torch.Tensor] = []
         self._output: tuple[torch.Tensor, torch.Tensor] | None = None
         self._steps = 0
-        self._compile = True
 
     def _iteration(self, engine: SupervisedTrainer, batchdata: dict[str, torch.Tensor]) -> dict:
-        device = torch.device(engine.state.device)
-        if device.type != "cuda":
+        if not self._records:
             return super()._iteration(engine, batchdata)
-        batch = engine.prepare_batch(batchdata, device, engine.non_blocking, **engine.to_kwargs)
+        batch = engine.prepare_batch(batchdata, engine.state.device, engine.non_blocking, **engine.to_kwargs)
         inputs, targets = (convert_to_tensor(x, track_meta=False) for x in batch)
         if not engine.network.training:
             engine.network.train()
@@ -85,19 +89,15 @@ class CUDAGraphTrainer(SupervisedTrainer):
         """Prediction and loss of one training step."""
         self._steps += 1
         if self._steps <= self.WARM_UP:
-            # recorded later on another stream: what is allocated before must not belong to the default one
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                result = self._compiled_step(inputs, targets)
-            torch.cuda.current_stream().wait_stream(stream)
-            return result
+            # what is allocated before must not belong to the default stream
+            return on_another_stream(lambda: self._compiled_scans(self._step, inputs, targets))
         if self._graph is None:
             self._batch = [inputs.clone(), targets.clone()]
             graph = torch.cuda.CUDAGraph()
             self.optimizer.zero_grad(set_to_none=True)
-            with torch.cuda.graph(graph):
-                self._output = self._compiled_step(*self._batch)
+            # other threads pin what comes next meanwhile
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._output = self._compiled_scans(self._step, *self._batch)
             self._graph = graph
         if self._output is None or inputs.shape != self._batch[0].shape:
             return self._step(inputs, targets)
@@ -115,28 +115,3 @@ class CUDAGraphTrainer(SupervisedTrainer):
         loss.backward()
         self.optimizer.step()
         return pred.detach(), loss.detach()
-
-    def _compiled_step(self, inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._compile:
-            try:
-                with _compiled(self.network):
-                    return self._step(inputs, targets)
-            except Exception as error:  # a missing or failing compiler raises many kinds
-                self._compile = False
-                logging.getLogger(__name__).warning(
-                    f"Not compiled, which trains slower: {type(error).__name__}: {error}"
-                )
-        return self._step(inputs, targets)
-
-
-@contextmanager
-def _compiled(network: torch.nn.Module) -> Iterator[None]:
-    """Compiles the selective state space models of a network, for calls of this shape, until the block is left."""
-    modules = [module for module in network.modules() if isinstance(module, DirectionalSSM)]
-    for module in modules:
-        module.forward = torch.compile(module.forward, dynamic=False)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for module in modules:
-            del module.forward
