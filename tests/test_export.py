@@ -97,13 +97,21 @@ def test_scan_of_any_length_is_one_node(tmp_path):
     assert_equal_alone(tmp_path / "m.onnx", module, [(1, 4, 9, 6), (3, 4, 2, 50)], tmp_path)
 
 
-def test_small_network_without_the_package(tmp_path):
+def small_network():
     torch.manual_seed(0)
     stages = {"channels": [8, 8], "strides": [1, 2], "dilations": [1, 3], "latent_depth": 1, "cross_mamba": False}
-    network = build_network("clinicalfmamba", spatial_dims=3, **stages)
+    return build_network("clinicalfmamba", spatial_dims=3, **stages)
+
+
+@pytest.mark.slow
+def test_onnx_of_any_size(tmp_path):
+    network = small_network()
     assert export_network(network, tmp_path, "onnx") == tmp_path / "model.onnx"
     assert_equal_alone(tmp_path / "model.onnx", network, [(1, 2, 7, 10, 3), (2, 2, 8, 4, 9)], tmp_path)
-    path = export_network(network, tmp_path, "pt2")
+
+
+def test_program_without_the_package(tmp_path):
+    path = export_network(small_network(), tmp_path, "pt2")
     code = "import sys, torch; torch.export.load(sys.argv[1]).module()(torch.rand(1, 2, 9, 8, 7))"
     environment = os.environ | {"PYTHONPATH": sysconfig.get_path("purelib")}
     subprocess.run([sys.executable, "-S", "-P", "-c", code, str(path)], check=True, env=environment)

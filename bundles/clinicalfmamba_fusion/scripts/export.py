@@ -8,7 +8,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The network as a file that runs without this project, for images of any size."""
+"""The network as a file that runs elsewhere, for images of any size."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ def export_network(network: ClinicalFMamba, output_dir: str | os.PathLike, expor
         network: the network with its weights, on a CPU; it is put into evaluation mode.
         output_dir: where to write.
         export_format: one of ``FORMATS``: ``"onnx"`` for ONNX Runtime, ``"pt2"`` for `torch.export.load`, or
-            ``"aoti"``, compiled for this machine by AOTInductor, for `torch._inductor.aoti_load_package`.
+            ``"aoti"``, compiled for this machine by AOTInductor, for `torch._inductor.aoti_load_package`. The last one
+            calls the operators of `custom_nets`; the others need nothing of this project.
 
     Returns:
         the file.
