@@ -111,7 +111,8 @@ class DirectionalSSM(nn.Module):
     def _matrices(self, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Step before its bias ``(B, K, L, channels)``, A, and B and C ``(B, K, L, state_dim)``."""
         step, B, C = torch.matmul(source, self.projection).split(self.split, dim=-1)
-        return torch.matmul(step, self.step_weight), -torch.exp(self.A_log.float()), B, C
+        # with strides, a program that is exported with a batch of several images would refuse a single one
+        return torch.matmul(step.contiguous(), self.step_weight), -torch.exp(self.A_log.float()), B, C
 
     def _causal_conv(self, x: torch.Tensor) -> torch.Tensor:
         """Depthwise over ``(B, K, L, C)``; as shifted products, since a convolution would want channels first."""

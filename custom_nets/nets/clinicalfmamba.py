@@ -180,17 +180,17 @@ class ClinicalFMamba(nn.Module):
         if x.dim() != self.spatial_dims + 2 or x.shape[1] != self.in_channels:
             wanted = f"a batch of {self.spatial_dims}D images with {self.in_channels} channels"
             raise ValueError(f"expected {wanted}, got a tensor of shape {list(x.shape)}.")
-        size = x.shape[2:]
         padding: list[int] = []
-        for length in size[::-1]:
-            padding += [0, -length % self.stride]
+        for length in x.shape[:1:-1]:
+            # not the equal `-length % stride`, with which a compiler can not tell what follows for symbolic sizes
+            padding += [0, (length + self.stride - 1) // self.stride * self.stride - length]
         x = F.pad(x, padding, mode="replicate")
 
         # Both images pass the shared encoder as one batch.
         stem = self.stem(torch.cat(x.chunk(2, dim=1)))
         features = self.encoder(stem)
         spatial_shape = list(features.shape[2:])
-        encoded_x, encoded_y = features.flatten(2).transpose(1, 2).contiguous().chunk(2)
+        encoded_x, encoded_y = features.flatten(2).transpose(1, 2).contiguous().unflatten(0, [2, -1]).unbind(0)
         tokens_x, tokens_y = encoded_x, encoded_y
         for block_x, block_y in zip(self.latent_x, self.latent_y):
             tokens_x, tokens_y = block_x(tokens_x, spatial_shape), block_y(tokens_y, spatial_shape)
@@ -201,9 +201,8 @@ class ClinicalFMamba(nn.Module):
         fused = self._decode(tokens.transpose(1, 2).unflatten(2, spatial_shape), stem)
         # Under autocast the head gives half precision, in which a sigmoid would leave fewer than 256 grey values.
         fused = torch.sigmoid(fused.to(x.dtype))
-        for axis, length in enumerate(size):
-            fused = fused.narrow(axis + 2, 0, length)
-        return fused
+        # a view would tie an exported program to sizes that need padding, or to ones that do not
+        return F.pad(fused, [-extent for extent in padding])
 
     def _decode(self, features: torch.Tensor, stem: torch.Tensor) -> torch.Tensor:
         """Fused features ``(B, C, H', W'[, D'])`` and both images' full-resolution ones to the fused image's logit."""
@@ -215,7 +214,7 @@ class ClinicalFMamba(nn.Module):
     def _logit(self, features: torch.Tensor, stem: torch.Tensor) -> torch.Tensor:
         fused = self.decoder(features)
         if self.skip is not None:
-            stem_x, stem_y = stem.chunk(2)
+            stem_x, stem_y = stem.unflatten(0, [2, -1]).unbind(0)
             fused = self.skip(stem_x, stem_y, fused)
         return self.head(fused)
 

@@ -49,6 +49,14 @@ def scan_orders(scan: str, spatial_dims: int) -> list[tuple[list[int], bool]]:
     return [(order, backward) for order in axes for backward in both_ways]
 
 
+def _permute_tokens(x: Tensor, spatial_shape: list[int], axes: list[int]) -> Tensor:
+    """``(B, L, C)`` in raster order of ``spatial_shape`` to raster order of its ``axes``."""
+    if axes == list(range(len(axes))):
+        return x
+    grid = x.unflatten(1, spatial_shape)
+    return grid.permute([0] + [axis + 1 for axis in axes] + [len(axes) + 1]).flatten(1, -2)
+
+
 def to_sequences(x: Tensor, spatial_shape: list[int], orders: list[tuple[list[int], bool]]) -> Tensor:
     """Reads raster tokens in every direction.
 
@@ -60,10 +68,9 @@ def to_sequences(x: Tensor, spatial_shape: list[int], orders: list[tuple[list[in
     Returns:
         ``(B, K, L, C)`` for K directions.
     """
-    grid = x.unflatten(1, spatial_shape)
     sequences = []
     for axes, backward in orders:
-        sequence = grid.permute([0] + [axis + 1 for axis in axes] + [len(axes) + 1]).flatten(1, -2)
+        sequence = _permute_tokens(x, spatial_shape, axes)
         sequences.append(sequence.flip(1) if backward else sequence)
     return torch.stack(sequences, dim=1)
 
@@ -74,8 +81,7 @@ def to_raster(sequences: Tensor, spatial_shape: list[int], orders: list[tuple[li
     for k, (axes, backward) in enumerate(orders):
         sequence = sequences[:, k].flip(1) if backward else sequences[:, k]
         inverse = [axes.index(axis) for axis in range(len(axes))]
-        grid = sequence.unflatten(1, [spatial_shape[axis] for axis in axes])
-        rasters.append(grid.permute([0] + [axis + 1 for axis in inverse] + [len(axes) + 1]).flatten(1, -2))
+        rasters.append(_permute_tokens(sequence, [spatial_shape[axis] for axis in axes], inverse))
     return torch.stack(rasters, dim=1)
 
 

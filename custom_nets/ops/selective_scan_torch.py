@@ -29,6 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from custom_nets.ops.selective_scan_loop import is_exporting, selective_scan_loop
+
 __all__ = ["selective_scan_torch"]
 
 
@@ -304,6 +306,8 @@ def selective_scan_torch(
     if delta_bias is not None:
         delta_bias = delta_bias.to(dtype)
     if not torch.jit.is_scripting():
+        if is_exporting():
+            return selective_scan_loop(u, delta, A, B, C, D, delta_bias, delta_softplus)
         if not torch.jit.is_tracing():
             return _SelectiveScan.apply(u, delta, A, B, C, D, delta_bias, delta_softplus)
     with torch.no_grad():
