@@ -156,8 +156,9 @@ def test_what_is_refused(app: Path, tmp_path: Path) -> None:
 
 
 def test_label_gets_the_tested_versions() -> None:
-    pins = dict(re.findall(r"(?m)^([\w-]+)==([\w.]+)", (ROOT / "constraints.txt").read_text()))
+    pins = re.findall(r"(?m)^([\w-]+)==([\w.]+)", (ROOT / "constraints.txt").read_text())
     section = (BUNDLE / "docs" / "README.md").read_text().split("## MONAI Label\n")[1].split("\n## ")[0]
-    named = dict(re.findall(r'"([\w-]+)==([\w.]+)"', section))
-    assert {"monai", "torch"} <= named.keys() & pins.keys()
-    assert all(pins[name] == version for name, version in named.items() if name in pins)
+    named = re.findall(r'"([\w-]+)==([\w.]+)"', section)
+    pinned = {name for name, _ in pins}
+    assert {"monai", "torch"} <= {name for name, _ in named}
+    assert all(pin in pins for pin in named if pin[0] in pinned)

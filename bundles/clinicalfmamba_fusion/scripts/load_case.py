@@ -230,7 +230,9 @@ def note_units(units: Sequence[str]) -> str:
 
 def _noted_units(file: str) -> list[str]:
     # MONAI's metadata leaves out what is text in a header
-    noted = nib.load(file).header["descrip"].item() if file.lower().endswith(NIFTI) else b""  # type: ignore[attr-defined]
+    if not file.lower().endswith(NIFTI):
+        return ["", ""]
+    noted = nib.load(file).header["descrip"].item()  # type: ignore[attr-defined]
     found = re.fullmatch(r"units: (\w*), (\w*)", noted.decode("ascii", "replace"))
     return list(found.groups()) if found else ["", ""]
 

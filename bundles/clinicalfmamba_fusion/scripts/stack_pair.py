@@ -39,9 +39,9 @@ def stack_pair(
     allow_mismatch: bool = False,
 ) -> None:
     """
-    Write a NIfTI ``(W, H, D, 2)``, float32, of the raw intensities of two images, slices (D = 1) or volumes, on the grid
-    of the first. Hounsfield units and SUV, which only DICOM tells, stand in its header. Of a colour image the luma is
-    taken. The file gives what the pair gives, wherever this bundle reads one.
+    Write a NIfTI ``(W, H, D, 2)``, float32, of the raw intensities of two images, slices (D = 1) or volumes, on the
+    grid of the first. Hounsfield units and SUV, which only DICOM tells, stand in its header. Of a colour image the luma
+    is taken. The file gives what the pair gives, wherever this bundle reads one.
 
     Args:
         input_a: the first image (MRI): a file of any kind that MONAI reads, or a DICOM file or folder.
