@@ -152,7 +152,9 @@ def infer(bundle: Path, *configs: str, **settings: object) -> None:
     for key, value in {"device": "cpu", "num_workers": 0, **files, **settings}.items():
         words += [f"--{key}", str(value)]
     variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, *words], cwd=bundle, env=variables, check=True, capture_output=True, timeout=600)
+    command = [sys.executable, *words]
+    result = subprocess.run(command, cwd=bundle, env=variables, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-4000:]
 
 
 def test_info_lists_the_models(server, bundles):
@@ -188,9 +190,8 @@ def test_grade(server, bundles):
     """The probabilities that the bundle's own inference gives."""
     answer = json.loads(ask(blocks(GRADING)[1], server, bundles))
     scores = {entry["label"]: entry["score"] for entry in answer["prediction"]}
-    infer(
-        bundles / GRADING, "inference", checkpoint="runs/train/model.pt", output_dir=bundles / "graded", saliency=False
-    )
+    settings = {"checkpoint": "runs/train/model.pt", "threshold": 0.5, "saliency": False}
+    infer(bundles / GRADING, "inference", output_dir=bundles / "graded", **settings)
     (expected,) = json.loads((bundles / "graded" / "grades.json").read_text())
     assert scores["lgg"] + scores["hgg"] == pytest.approx(1)
     assert scores["hgg"] == pytest.approx(expected["probability"], abs=2e-3)
