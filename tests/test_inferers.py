@@ -88,6 +88,21 @@ def test_windows_are_equal_to_the_whole_up_to_blending(dims: int, size: tuple[in
     assert 0 < (whole - windows).abs().mean() < 0.01
 
 
+@pytest.mark.parametrize("max_voxels", [16 * 17, 100])
+def test_volume_slice_by_slice(max_voxels: int) -> None:
+    """A network for slices on volumes, whole slices or windows of them, and on slices as ever."""
+    x, network = torch.rand(2, 2, 16, 17, 5), Mean()
+    inferer = FusionInferer(roi_size=8, max_voxels=max_voxels, sw_batch_size=4, spatial_dims=2, slice_batch=3)
+    affine = torch.diag(torch.tensor([2.0, 1, 1, 1]))
+    fused = inferer(MetaTensor(x, affine=affine), network)
+    torch.testing.assert_close(fused.as_tensor(), x.mean(1, keepdim=True))
+    assert torch.equal(fused.affine, affine.to(fused.affine))
+    assert {len(call) for call in network.calls} == {4}
+    if max_voxels == 16 * 17:
+        assert network.calls == [(3, 2, 16, 17)] * 3 + [(1, 2, 16, 17)]
+    torch.testing.assert_close(inferer(x[..., 0], network), x[..., 0].mean(1, keepdim=True))
+
+
 def test_only_the_box_with_content() -> None:
     x, network = torch.zeros(1, 2, 100, 100), Mean()
     x[0, 0, 40:60, 45], x[0, 1, 50, 30:60] = 0.5, 1

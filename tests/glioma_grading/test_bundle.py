@@ -22,9 +22,10 @@ import numpy as np
 import pytest
 import torch
 from grading import BUNDLE, COMMON, CONFIGS, FUSION, NETWORK, ROOT, TRAIN, TRAIN_3D, names, run, run_command, workflow
-from monai.bundle import ConfigWorkflow
+from monai.bundle import ConfigParser, ConfigWorkflow
 from sklearn.metrics import roc_auc_score
 
+from scripts.label_model import label_model
 from scripts.predictions import read_predictions
 
 LEARN = {"source": "t2_flair", "num_folds": 2}
@@ -184,11 +185,18 @@ class TestInference:
         volumes = [nib.load(path) for path in self.files(patients).values()]
         both = np.stack([volume.get_fdata() for volume in volumes], axis=-1)
         nib.save(nib.Nifti1Image(both, volumes[0].affine), tmp_path / "both.nii.gz")
-        settings = {**COMMON, "source": "t2_flair", "dataset_dir": str(patients), "output_dir": str(tmp_path)}
-        parser = workflow("inference", kind="infer", **settings).parser
-        data = parser.get_parsed_content("preprocessing")({"image": str(tmp_path / "both.nii.gz")})
+        (tmp_path / "main.py").touch()
+        weights, settings = str(learned / "model.pt"), {**COMMON, "source": "t2_flair"}
+        label_model(str(tmp_path), bundle_root=str(BUNDLE), checkpoint=weights, **settings)
+        model = tmp_path / "model" / "glioma_grading_classification"
+        parser = ConfigParser()
+        parser.read_config(model / "configs" / "inference.json")
+        parser.config["bundle_root"] = str(model)
+        data = {"image": str(tmp_path / "both.nii.gz"), "image_path": "both.nii.gz", "device": "cpu"}
+        for transform in parser.get_parsed_content("preprocessing").transforms:
+            data = transform(data)
         network = parser.get_parsed_content("network_def")
-        network.load_state_dict(torch.load(learned / "model.pt", weights_only=True))
+        network.load_state_dict(torch.load(model / "models" / "model.pt", weights_only=True))
         with torch.inference_mode():
             pred = parser.get_parsed_content("inferer")(data["image"][None], network.eval())
         data["pred"] = pred[0]

@@ -81,7 +81,7 @@ class TestFuseModalitiesd:
 
     def test_slices_of_a_volume(self, files, settings, tiny_fusion):
         settings = settings | {"weights": tiny_fusion[2]["fusion_weights"], "configs": ["configs/inference.json"]}
-        volume = FuseModalitiesd(**settings, slice_batch=4)({"image": files})["image"].as_tensor()
+        volume = FuseModalitiesd(**settings)({"image": files})["image"].as_tensor()
         parts = FusionBundle(**{key: settings[key] for key in ("bundle", "configs", "weights", "overrides")})
         pair = parts.part("preprocessing")({"image": files})["image"].as_tensor()
         with torch.inference_mode():

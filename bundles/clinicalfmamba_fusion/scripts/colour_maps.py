@@ -23,7 +23,11 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, Transform
 from monai.utils import convert_to_tensor
-from pydicom.pixels import apply_color_lut
+
+try:
+    from pydicom.pixels import apply_color_lut
+except ImportError:  # pydicom below 3, which MONAI Label needs
+    from pydicom.pixel_data_handlers.util import apply_color_lut
 
 from scripts.colour import check_colour_space, join_colour, split_colour
 

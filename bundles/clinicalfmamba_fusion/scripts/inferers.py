@@ -38,6 +38,8 @@ class FusionInferer(Inferer):
     sources leave empty around it is 0 in the fused image, too. The result keeps the metadata of the input, so that
     every fused image of a batch is saved with its own affine and name.
 
+    A network for slices fuses volumes slice by slice along their last axis; all sizes are then those of a slice.
+
     Args:
         roi_size: largest window size; -1 takes the whole axis. An axis shorter than its window is taken whole, not
             padded, and a longer one is divided into even windows.
@@ -47,6 +49,8 @@ class FusionInferer(Inferer):
         device: where the result of windows is put together, e.g. ``"cpu"`` to save GPU memory; by default where the
             input is.
         progress: show a progress bar over the windows.
+        spatial_dims: of the network, 2 or 3; without it, inputs are taken to have as many.
+        slice_batch: number of a volume's slices that the network takes at once.
     """
 
     def __init__(
@@ -57,6 +61,8 @@ class FusionInferer(Inferer):
         sw_batch_size: int = 1,
         device: torch.device | str | None = None,
         progress: bool = False,
+        spatial_dims: int | None = None,
+        slice_batch: int = 16,
     ) -> None:
         super().__init__()
         self.roi_size = roi_size
@@ -65,6 +71,8 @@ class FusionInferer(Inferer):
         self.sw_batch_size = sw_batch_size
         self.device = device
         self.progress = progress
+        self.spatial_dims = spatial_dims
+        self.slice_batch = slice_batch
 
     def __call__(
         self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
@@ -72,7 +80,7 @@ class FusionInferer(Inferer):
         """
         Args:
             inputs: sources, ``(B, 2, H, W[, D])``.
-            network: called with a plain tensor of that shape or a window of it, and ``args`` and ``kwargs``.
+            network: called with a plain tensor of that shape, a slice or a window of it, and ``args`` and ``kwargs``.
 
         Returns:
             fused images ``(B, 1, H, W[, D])`` in the dtype of ``inputs`` and clipped to [0, 1], which a network with a
@@ -80,25 +88,29 @@ class FusionInferer(Inferer):
         """
         # every operation of a network on a MetaTensor costs a dispatch in Python
         plain = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
-        fused = None
-        if plain.shape[2:].numel() <= self.max_voxels:
-            try:
-                fused = network(plain, *args, **kwargs)
-            except torch.cuda.OutOfMemoryError:
-                shape = " x ".join(map(str, plain.shape[2:]))
-                logging.getLogger(__name__).warning(
-                    f"The GPU's memory does not hold {shape} at once: fusing windows. A lower max_voxels spares it."
-                )
-        # not in the except block, which keeps what the try has allocated
-        if fused is None:
-            fused = self._fuse_windows(plain, network, *args, **kwargs)
+        if self.spatial_dims is not None and plain.ndim == self.spatial_dims + 3:
+            slices = plain.movedim(-1, 1).flatten(0, 1).split(self.slice_batch)
+            joined = torch.cat([self._fuse(batch, network, *args, **kwargs) for batch in slices])
+            fused = joined.unflatten(0, (len(plain), -1)).movedim(1, -1)
+        else:
+            fused = self._fuse(plain, network, *args, **kwargs)
         # half precision is the network's affair, what is measured and saved is not rounded to it
         fused = fused.to(plain.dtype).clamp(0, 1)
         return MetaTensor(fused).copy_meta_from(inputs) if isinstance(inputs, MetaTensor) else fused
 
-    def _fuse_windows(
+    def _fuse(
         self, plain: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
+        size = plain.shape[2:]
+        if size.numel() <= self.max_voxels:
+            try:
+                return network(plain, *args, **kwargs)
+            except torch.cuda.OutOfMemoryError:
+                shape = " x ".join(map(str, size))
+                logging.getLogger(__name__).warning(
+                    f"The GPU's memory does not hold {shape} at once: fusing windows. A lower max_voxels spares it."
+                )
+        # not in the except block, which keeps what the try has allocated
         box = _content(plain)
         content = plain[box]
         windows = SlidingWindowInferer(
@@ -111,7 +123,7 @@ class FusionInferer(Inferer):
             progress=self.progress,
         )
         inside: torch.Tensor = windows(content, network, *args, **kwargs)  # type: ignore[assignment]
-        fused = inside.new_zeros(plain.shape[0], 1, *plain.shape[2:])
+        fused = inside.new_zeros(plain.shape[0], 1, *size)
         fused[box] = inside
         return fused
 

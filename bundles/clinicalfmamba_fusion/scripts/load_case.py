@@ -15,14 +15,17 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor, affine_to_spacing
 from monai.transforms import EnsureChannelFirst, Transform
+from monai.utils import ImageMetaKey
 
 from scripts.data import PICTURES, stem
 from scripts.dicom_series import DicomSeries, is_dicom, read_pixels, select_series
@@ -31,9 +34,10 @@ from scripts.match_grid import MatchGrid
 from scripts.registration import Alignment, save_transform
 from scripts.transforms import LoadPair, LoadPaird, refuse_unequal_shapes
 
-__all__ = ["LoadCase", "LoadCased", "PackNotesd", "UnpackNotesd"]
+__all__ = ["LoadCase", "LoadCased", "PackNotesd", "UnpackNotesd", "note_units"]
 
 INFO, ALIGNMENT, SOURCES = "fusion_info", "alignment", "sources"
+NIFTI = (".nii", ".nii.gz")
 
 
 class LoadCase(LoadPair):
@@ -45,7 +49,8 @@ class LoadCase(LoadPair):
     ``meta["sources"]`` (for each input its DICOM files in order, empty for other files).
 
     Args:
-        spatial_dims: dimensions that both must have; a volume of one slice has two.
+        spatial_dims: dimensions that both must have; a volume of one slice has two. ``None`` takes slices and volumes.
+            A file with two channels is taken as it is.
         series: how to choose one series of the first and of the second input, see `select_series`.
         resample: see `MatchGrid`.
         registration: see `MatchGrid`.
@@ -55,7 +60,7 @@ class LoadCase(LoadPair):
 
     def __init__(
         self,
-        spatial_dims: int,
+        spatial_dims: int | None,
         series: Sequence[str | int | None] = (None, None),
         resample: str = "auto",
         registration: str = "auto",
@@ -77,7 +82,8 @@ class LoadCase(LoadPair):
         """
         pair, chroma = super().__call__(image)
         if INFO not in pair.meta:
-            channels = [MetaTensor(channel[None], meta=pair.meta) for channel in pair.as_tensor()]
+            units = _noted_units(str(pair.meta[ImageMetaKey.FILENAME_OR_OBJ]))
+            channels = [MetaTensor(c[None], meta={**pair.meta, "units": u}) for c, u in zip(pair.as_tensor(), units)]
             pair.meta[INFO] = _info(["channel 1", "channel 2"], channels, [])
             pair.meta[ALIGNMENT], pair.meta[SOURCES] = None, [[], []]
         return pair, chroma
@@ -89,6 +95,9 @@ class LoadCase(LoadPair):
         series = [select_series(file, w) if is_dicom(file) else None for file, w in zip(files, self.series)]
         warnings, same_frame = self._compare(series)
         images = [self._in_dimensions(self._read_any(f, s), f) for f, s in zip(files, series)]
+        if images[0].ndim != images[1].ndim:
+            found = " and ".join(f"{file} {tuple(image.shape[1:])}" for file, image in zip(files, images))
+            raise ValueError(f"One image of a pair is a slice, the other a volume: {found}.")
         names = [s.label if s else name for s, name in zip(series, _names(files))]
         info = _info(names, images, warnings)
         # a picture does not know where it lies
@@ -122,7 +131,7 @@ class LoadCase(LoadPair):
         if image.shape[-1] == 1 and image.ndim == 4:
             image = MetaTensor(image.as_tensor()[..., 0], meta=image.meta)
         shape = tuple(image.shape[1:])
-        if len(shape) != self.spatial_dims:
+        if self.spatial_dims not in (None, len(shape)):
             kind, remedy = ("a volume", "add configs/volume.json as the last config")
             if len(shape) == 2:
                 kind, remedy = "a slice", "leave configs/volume.json out"
@@ -212,6 +221,20 @@ class UnpackNotesd(Transform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         return {**data, **{key: json.loads(data[key]) for key in (INFO, SOURCES) if key in data}}
+
+
+def note_units(units: Sequence[str]) -> str:
+    """The units of both channels as text for a NIfTI's ``descrip`` (80 bytes), where `LoadCase` finds them again."""
+    return f"units: {', '.join(units)}" if any(units) else ""
+
+
+def _noted_units(file: str) -> list[str]:
+    # MONAI's metadata leaves out what is text in a header
+    if not file.lower().endswith(NIFTI):
+        return ["", ""]
+    noted = nib.load(file).header["descrip"].item()  # type: ignore[attr-defined]
+    found = re.fullmatch(r"units: (\w*), (\w*)", noted.decode("ascii", "replace"))
+    return list(found.groups()) if found else ["", ""]
 
 
 def _info(names: Sequence[str], images: Sequence[MetaTensor], warnings: list[str]) -> dict[str, Any]:

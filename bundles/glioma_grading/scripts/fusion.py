@@ -223,7 +223,6 @@ class FuseModalitiesd(MapTransform):
         cache_dir: folder that keeps the fused images, named by a digest of weights, configuration and the images'
             content; None fuses anew each time.
         system: whose fused image, see :func:`system_settings`.
-        slice_batch: number of slices that a network for slices fuses at once.
         allow_missing_keys: do not raise when a key is missing.
     """
 
@@ -237,7 +236,6 @@ class FuseModalitiesd(MapTransform):
         device: torch.device | str = "cpu",
         cache_dir: str | os.PathLike | None = None,
         system: str = "fused",
-        slice_batch: int = 16,
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
@@ -246,10 +244,9 @@ class FuseModalitiesd(MapTransform):
         overrides = {**added.get("overrides", {}), **(overrides or {})}
         self.fusion = FusionBundle(bundle, configs, weights, overrides, device)
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
-        self.slice_batch = slice_batch
         self.digest = self.fusion.digest()
         self.weights_digest = content_digest(self.fusion.weights)
-        self._arguments = (keys, bundle, configs, weights, overrides, str(device), cache_dir, "fused", slice_batch)
+        self._arguments = (keys, bundle, configs, weights, overrides, str(device), cache_dir, "fused")
         self._lock = threading.Lock()
         self._network: torch.nn.Module | None = None
 
@@ -301,7 +298,6 @@ class FuseModalitiesd(MapTransform):
             if self._network is None:
                 self._network = self.fusion.load_network()
                 self._preprocessing, self._inferer = (self.fusion.part(n) for n in ("preprocessing", "inferer"))
-                self._slices = self.fusion.part("spatial_dims") == 2
                 self._autocast = {
                     "device_type": self.fusion.device.type,
                     "enabled": bool(self.fusion.part("amp", False)),
@@ -311,10 +307,5 @@ class FuseModalitiesd(MapTransform):
             affine = sources.affine.numpy() if isinstance(sources, MetaTensor) else np.eye(4)
             plain = sources.as_tensor()[None].to(self.fusion.device)
             with torch.autocast(**self._autocast):
-                if self._slices and plain.ndim == 5:
-                    batches = plain[0].movedim(-1, 0).split(self.slice_batch)
-                    fused = torch.cat([self._inferer(batch, self._network) for batch in batches])
-                    fused = fused.movedim(0, -1)
-                else:
-                    fused = self._inferer(plain, self._network)[0]
+                fused = self._inferer(plain, self._network)[0]
             return (to_eight_bit(fused) * 255).round().to(torch.uint8).cpu().numpy(), np.asarray(affine)

@@ -1,0 +1,1 @@
+../../clinicalfmamba_fusion/scripts/label_model.py
