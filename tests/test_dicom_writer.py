@@ -25,6 +25,7 @@ from monai.data import MetaTensor
 from monai.transforms import LoadImage
 from pydicom.uid import CTImageStorage, MRImageStorage, SecondaryCaptureImageStorage
 
+from scripts.colour_maps import ColourMapd
 from scripts.dicom_series import read_pixels, select_series
 from scripts.dicom_writer import SaveDicomSeriesd, derive_series
 from scripts.dicom_writer import write_series as write_derived
@@ -51,6 +52,13 @@ def fuse(folder: Path, modality: str = "MR", colour: bool = False, anonymise: bo
 
 def headers(folder: Path) -> list[pydicom.Dataset]:
     return [pydicom.dcmread(file) for file in sorted(folder.iterdir())]
+
+
+def assert_valid(file: Path) -> None:
+    if shutil.which("dciodvfy") is None:
+        pytest.skip("dciodvfy (Debian: dicom3tools) is not installed")
+    checked = subprocess.run(["dciodvfy", "-new", file], capture_output=True, text=True)
+    assert "Image" in checked.stderr and "Error" not in checked.stderr, checked.stderr
 
 
 @pytest.mark.parametrize(("modality", "kind"), [("MR", MRImageStorage), ("CT", CTImageStorage)])
@@ -100,6 +108,33 @@ def test_colour_and_other_modalities_are_secondary_capture(tmp_path: Path) -> No
     np.testing.assert_allclose(select_series(out).affine, select_series(tmp_path / "rgb" / "a").affine)
     image = headers(fuse(tmp_path / "pet", "PT", Units="BQML"))[0]
     assert image.SOPClassUID == SecondaryCaptureImageStorage and image.Modality == "PT" and "Units" not in image
+
+
+def test_colours_of_a_map_are_a_second_series(tmp_path: Path) -> None:
+    rng = np.random.RandomState(0)
+    write_series(tmp_path / "a", rng.randint(0, 900, SHAPE).astype(np.uint16))
+    write_series(tmp_path / "b", rng.randint(0, 900, SHAPE).astype(np.uint16), "PT", 401, Units="CNTS")
+    item = LoadCased()({"image": [tmp_path / "a", tmp_path / "b"], "case": "c"})
+    item["image"] = item["image"] / 900
+    item["pred"] = item["image"][:1]
+    item = ColourMapd(colormap="hot_iron")(item)
+    SaveDicomSeriesd(keys=("pred", "pred_colour"), output_dir=tmp_path / "out", colormap="hot_iron")(item)
+    grey, colour = headers(tmp_path / "out" / "c" / "c_dicom"), headers(tmp_path / "out" / "c" / "c_dicom_colour")
+    assert len(colour) == SHAPE[2] and len({image.SeriesInstanceUID for image in [*grey, *colour]}) == 2
+    for image, other in zip(colour, grey):
+        assert (image.PhotometricInterpretation, image.SamplesPerPixel, image.PlanarConfiguration) == ("RGB", 3, 0)
+        assert (image.BitsAllocated, image.BitsStored, image.HighBit) == (8, 8, 7)
+        assert not {"WindowCenter", "WindowWidth", "VOILUTSequence", "RescaleSlope"} & set(image.dir())
+        assert (image.SeriesNumber, other.SeriesNumber) == (9801, 9301)
+        assert image.SeriesDescription == "Fused MR 301 + PT 401 (hot_iron)"
+        assert image.DerivationDescription.endswith("in the colours of hot_iron")
+        for keyword in ("StudyInstanceUID", "FrameOfReferenceUID", "ImagePositionPatient", "ImageOrientationPatient"):
+            assert image[keyword].value == other[keyword].value
+    derived = select_series(tmp_path / "out" / "c" / "c_dicom_colour")
+    np.testing.assert_allclose(derived.affine, select_series(tmp_path / "a").affine, atol=1e-9)
+    expected = item["pred_colour"].permute(1, 2, 3, 0).numpy()
+    np.testing.assert_allclose(read_pixels(derived)[0] / 255, expected, atol=0.51 / 255)
+    assert_valid(tmp_path / "out" / "c" / "c_dicom_colour" / "0003.dcm")
 
 
 def test_anonymised(tmp_path: Path) -> None:
@@ -173,11 +208,7 @@ def test_an_older_series_is_replaced_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("modality", "colour"), [("MR", False), ("CT", False), ("MR", True), ("PT", False)])
 @pytest.mark.parametrize("anonymise", [False, True])
 def test_dciodvfy_finds_no_errors(tmp_path: Path, modality: str, colour: bool, anonymise: bool) -> None:
-    if shutil.which("dciodvfy") is None:
-        pytest.skip("dciodvfy (Debian: dicom3tools) is not installed")
-    out = fuse(tmp_path, modality, colour, anonymise)
-    checked = subprocess.run(["dciodvfy", "-new", out / "0003.dcm"], capture_output=True, text=True)
-    assert "Image" in checked.stderr and "Error" not in checked.stderr, checked.stderr
+    assert_valid(fuse(tmp_path, modality, colour, anonymise) / "0003.dcm")
 
 
 def test_dcm2niix_puts_it_where_the_first_input_is(tmp_path: Path) -> None:

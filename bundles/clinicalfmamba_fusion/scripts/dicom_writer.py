@@ -42,8 +42,8 @@ __all__ = ["SaveDicomSeriesd", "derive_series", "write_series"]
 
 PRODUCT = "ClinicalFMamba"
 GREY_BITS = 12
-# added to the number of the first input's series
-SERIES_NUMBER = 9000
+# added to the number of the first input's series, for the fused image and for the same in the colours of a map
+SERIES_NUMBER, COLOUR_SERIES_NUMBER = 9000, 9500
 # how far, in mm, the grid of a fused image may lie from where its first input's files put it
 TOLERANCE = 1e-2
 
@@ -89,6 +89,7 @@ def derive_series(
     version: str = "",
     resampled: bool = False,
     anonymise: bool = False,
+    colormap: str | None = None,
 ) -> list[FileDataset]:
     """
     Make one DICOM image per slice: patient, study, frame of reference and geometry of the first input, a new series,
@@ -103,6 +104,7 @@ def derive_series(
         version: of the software.
         resampled: whether the second input was resampled.
         anonymise: leave patient and study out, with new UIDs throughout and no reference to the inputs.
+        colormap: name of the map that coloured ``fused``, where one did; the series says so in number and description.
 
     Raises:
         ValueError: when ``fused`` is not on the grid of the first input.
@@ -112,6 +114,9 @@ def derive_series(
     slices = _geometry(first, volume.shape, affine)
     common = _common(first[0], second, volume.shape[0], version)
     common.DerivationDescription = description[:1024]
+    if colormap is not None:
+        common.SeriesNumber += COLOUR_SERIES_NUMBER - SERIES_NUMBER
+        common.SeriesDescription = f"{common.SeriesDescription} ({colormap})"[:64]
     if resampled:
         common.DerivationCodeSequence = DicomSequence([_code("113085", "Spatial resampling")])
     if anonymise:
@@ -288,13 +293,15 @@ def _reference(header: Dataset) -> Dataset:
 class SaveDicomSeriesd(MapTransform):
     """
     Save ``<output_dir>/<case>/<case>_dicom``, see `derive_series`, for items whose first input is DICOM; others stay as
-    they are.
+    they are. What `ColourMapd` has coloured goes beside it as ``<case>_dicom_colour``, a series of its own.
 
     Args:
-        keys: keys of the fused images, ``(1, H, W[, D])`` or RGB ``(3, H, W[, D])``, in [0, 1].
+        keys: keys of the fused images, ``(1, H, W[, D])`` or RGB ``(3, H, W[, D])``, in [0, 1]; those that end in
+            ``_colour`` are in the colours of a map.
         output_dir: folder for the case folders.
         checkpoint: file with the network's weights, whose hash goes into the description.
         anonymise: leave patient and study out.
+        colormap: name of the map, see `ColourMapd`.
         info_key: what `LoadCased` has noted, as next.
         sources_key: see there.
         allow_missing_keys: do not raise when a key is missing.
@@ -306,6 +313,7 @@ class SaveDicomSeriesd(MapTransform):
         output_dir: str | os.PathLike = "./",
         checkpoint: str | os.PathLike | None = None,
         anonymise: bool = False,
+        colormap: str | None = None,
         info_key: str = "fusion_info",
         sources_key: str = "sources",
         allow_missing_keys: bool = False,
@@ -314,6 +322,7 @@ class SaveDicomSeriesd(MapTransform):
         self.output_dir = Path(output_dir)
         self.checkpoint = checkpoint
         self.anonymise = anonymise
+        self.colormap = colormap
         self.info_key = info_key
         self.sources_key = sources_key
 
@@ -334,14 +343,17 @@ class SaveDicomSeriesd(MapTransform):
         moved = info["registration"] is not None or inputs[0]["shape"] != inputs[1]["shape"]
         for key in self.key_iterator(d):
             fused: MetaTensor = d[key]
+            mapped = str(key).endswith("_colour")
             images = derive_series(
                 fused.as_tensor().detach().cpu().float().numpy(),
                 fused.affine.cpu().numpy(),
                 sources,
-                description,
+                f"{description}, in the colours of {self.colormap}" if mapped else description,
                 version,
                 moved,
                 self.anonymise,
+                self.colormap if mapped else None,
             )
-            write_series(images, self.output_dir / info["case"] / f"{info['case']}_dicom")
+            name = f"{info['case']}_dicom{'_colour' if mapped else ''}"
+            write_series(images, self.output_dir / info["case"] / name)
         return d
