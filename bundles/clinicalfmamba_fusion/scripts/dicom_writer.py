@@ -38,7 +38,7 @@ from pydicom.uid import (
 from scripts.data import replacing_folder
 from scripts.dicom_series import read_header
 
-__all__ = ["SaveDicomSeriesd", "derive_series", "write_series"]
+__all__ = ["PRODUCT", "SaveDicomSeriesd", "derive_series", "describe_fusion", "write_series"]
 
 PRODUCT = "ClinicalFMamba"
 GREY_BITS = 12
@@ -126,9 +126,7 @@ def derive_series(
         image = _as_file(common, geometry)
         if not anonymise:
             # every slice of the second input may have its share in one of the first
-            image.SourceImageSequence = DicomSequence(
-                [_reference(header) for header in (first[min(index, len(first) - 1)], *second)]
-            )
+            _refer(image, [first[min(index, len(first) - 1)], *second])
         _set_pixels(image, volume[..., index])
         images.append(image)
     return images
@@ -186,6 +184,8 @@ def _common(reference: Dataset, second: Sequence[Dataset], channels: int, versio
     for keyword in IDENTITY:
         if keyword not in common:
             setattr(common, keyword, "")
+    # some anonymisers leave there what no reader takes
+    common.PatientSex = common.PatientSex if common.PatientSex in ("M", "F", "O") else ""
     for keyword, unknown in ACQUISITION[kind].items():
         # the pixels are no longer what the first input's rescaling makes of them
         if keyword not in common or keyword.startswith("Rescale"):
@@ -281,13 +281,47 @@ def _code(value: str, meaning: str) -> Dataset:
     return code
 
 
-def _reference(header: Dataset) -> Dataset:
-    reference = Dataset()
-    reference.ReferencedSOPClassUID = header.SOPClassUID
-    reference.ReferencedSOPInstanceUID = header.SOPInstanceUID
+def _refer(image: Dataset, sources: Sequence[Dataset]) -> None:
+    """Name the images that ``image`` was made of, by themselves and, for who looks for them, by study and series."""
     purpose = _code("121322", "Source image for image processing operation")
-    reference.PurposeOfReferenceCodeSequence = DicomSequence([purpose])
-    return reference
+    image.SourceImageSequence = DicomSequence()
+    series: dict[tuple[str, str], list[Dataset]] = {}
+    for header in sources:
+        reference, named = Dataset(), Dataset()
+        for item in (reference, named):
+            item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = header.SOPClassUID, header.SOPInstanceUID
+        reference.PurposeOfReferenceCodeSequence = DicomSequence([purpose])
+        image.SourceImageSequence.append(reference)
+        series.setdefault((header.get("StudyInstanceUID", ""), header.SeriesInstanceUID), []).append(named)
+    own: list[Dataset] = []
+    others: dict[str, list[Dataset]] = {}
+    for (study, uid), instances in series.items():
+        item = Dataset()
+        item.SeriesInstanceUID, item.ReferencedInstanceSequence = uid, DicomSequence(instances)
+        (own if study == image.StudyInstanceUID else others.setdefault(study, [])).append(item)
+    image.ReferencedSeriesSequence = DicomSequence(own)
+    if others:
+        image.StudiesContainingOtherReferencedInstancesSequence = DicomSequence()
+        for study, items in others.items():
+            other = Dataset()
+            other.StudyInstanceUID, other.ReferencedSeriesSequence = study, DicomSequence(items)
+            image.StudiesContainingOtherReferencedInstancesSequence.append(other)
+
+
+def describe_fusion(names: Sequence[str], version: str, weights: str | None = None, registered: str = "") -> str:
+    """
+    What stands in a derived series as the derivation.
+
+    Args:
+        names: of the two inputs, such as modality and series number.
+        version: of the software.
+        weights: SHA-256 of the network's weights.
+        registered: how the second input was registered, if it was.
+    """
+    description = f"Fusion of {names[0]} and {names[1]} by {PRODUCT} {version}"
+    if registered:
+        description += f", the second registered ({registered})"
+    return description if weights is None else f"{description}, weights SHA-256 {weights}"
 
 
 class SaveDicomSeriesd(MapTransform):
@@ -334,11 +368,9 @@ class SaveDicomSeriesd(MapTransform):
         info = d[self.info_key]
         version = json.loads((Path(__file__).parents[1] / "configs" / "metadata.json").read_text())["version"]
         inputs = info["inputs"]
-        description = f"Fusion of {inputs[0]['name']} and {inputs[1]['name']} by {PRODUCT} {version}"
-        if info["registration"] is not None:
-            description += f", the second registered ({info['registration']['kind']})"
-        if self.checkpoint is not None:
-            description += f", weights SHA-256 {hashlib.sha256(Path(self.checkpoint).read_bytes()).hexdigest()}"
+        weights = None if self.checkpoint is None else hashlib.sha256(Path(self.checkpoint).read_bytes()).hexdigest()
+        registered = "" if info["registration"] is None else info["registration"]["kind"]
+        description = describe_fusion([i["name"] for i in inputs], version, weights, registered)
         # a resampled image has another grid than it came with
         moved = info["registration"] is not None or inputs[0]["shape"] != inputs[1]["shape"]
         for key in self.key_iterator(d):
