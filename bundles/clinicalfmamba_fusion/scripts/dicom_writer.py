@@ -228,7 +228,7 @@ def _anonymise(common: Dataset) -> None:
     for keyword in ("SeriesDate", "SeriesTime", "InstanceCreationDate", "InstanceCreationTime"):
         delattr(common, keyword)
     common.ContentDate = common.ContentTime = ""
-    common.PatientName = common.PatientID = name
+    common.PatientName, common.PatientID = f"{name}^", name
     common.StudyInstanceUID = study
     if "FrameOfReferenceUID" in common:
         common.FrameOfReferenceUID = generate_uid(entropy_srcs=[str(common.FrameOfReferenceUID)])
