@@ -190,7 +190,25 @@ def test_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: p
     assert max(ycbcr[4], cielab[4]) <= clipped[4]
 
 
+def coloured_brain(colormap: str, **settings: str) -> dict[str, torch.Tensor]:
+    """Where bone and white matter are brighter than the tracer, the colours have to become lighter than in the map."""
+    brain = digital_brain((96, 96), seed=3)
+    sources = torch.stack([torch.from_numpy(brain[name]).float() for name in ("mri", "pet")])
+    return ColourMapd(colormap=colormap, **settings)({"image": sources, "pred": sources.amax(dim=0, keepdim=True)})
+
+
 class TestColourMap:
+    @pytest.mark.parametrize("colormap", ["hot", "inferno", "jet", "CMRmap", *DICOM_PALETTES])
+    def test_hue_of_every_map(self, colormap: str) -> None:
+        item = coloured_brain(colormap)
+        assert hue_differences(item["partner_colour"], item["pred_colour"])["lab"] < 0.5
+
+    @pytest.mark.parametrize("colormap", ["hot", "hot_iron"])
+    def test_why_not_ycbcr(self, colormap: str) -> None:
+        """Lighter reds of one ratio of red, green and blue are pink: the space can not keep their hue."""
+        item = coloured_brain(colormap, colour_space="ycbcr")
+        assert hue_differences(item["partner_colour"], item["pred_colour"])["lab"] > 4
+
     def test_maps(self) -> None:
         ends = torch.tensor([[-1.0, 0.0, 0.5, 1.0, 2.0]])
         hot = ColourMap("hot")(ends)
