@@ -91,6 +91,8 @@ def test_it_belongs_to_the_study_and_tells_where_it_came_from(tmp_path: Path) ->
         assert image.DerivationCodeSequence[0].CodeMeaning == "Spatial resampling"
         assert image.Manufacturer == "ClinicalFMamba"
         assert len(image.SourceImageSequence) == 1 + 7
+        named = {s.SeriesInstanceUID: len(s.ReferencedInstanceSequence) for s in image.ReferencedSeriesSequence}
+        assert named == {source.uid: 1, select_series(tmp_path / "b").uid: 7}
     first = [image.SourceImageSequence[0].ReferencedSOPInstanceUID for image in images]
     assert first == [header.SOPInstanceUID for header in source.headers]
     assert len({image.SOPInstanceUID for image in images}) == 6
@@ -108,6 +110,18 @@ def test_colour_and_other_modalities_are_secondary_capture(tmp_path: Path) -> No
     np.testing.assert_allclose(select_series(out).affine, select_series(tmp_path / "rgb" / "a").affine)
     image = headers(fuse(tmp_path / "pet", "PT", Units="BQML"))[0]
     assert image.SOPClassUID == SecondaryCaptureImageStorage and image.Modality == "PT" and "Units" not in image
+
+
+def test_sources_of_other_studies(tmp_path: Path) -> None:
+    """Fused all the same on request; and a sex that DICOM does not know is none."""
+    write_series(tmp_path / "a", np.ones(SHAPE, np.uint16), PatientSex="0000")
+    write_series(tmp_path / "b", np.ones(SHAPE, np.uint16), number=401, StudyInstanceUID="1.9")
+    a, b = select_series(tmp_path / "a"), select_series(tmp_path / "b")
+    image = derive_series(np.zeros((1, *SHAPE), np.float32), a.affine, [a.files, b.files])[0]
+    assert [series.SeriesInstanceUID for series in image.ReferencedSeriesSequence] == [a.uid]
+    (other,) = image.StudiesContainingOtherReferencedInstancesSequence
+    assert other.StudyInstanceUID == "1.9" and other.ReferencedSeriesSequence[0].SeriesInstanceUID == b.uid
+    assert image.PatientSex == ""
 
 
 def test_colours_of_a_map_are_a_second_series(tmp_path: Path) -> None:

@@ -193,8 +193,10 @@ def test_identities_are_not_mixed(inputs: list[str], brain: dict, tmp_path: Path
 
 
 def test_an_input_without_identity_is_told(inputs: list[str], brain: dict, tmp_path: Path) -> None:
-    file = save_nifti(tmp_path / "x.nii", brain["flair"], FINE)
-    assert "Only one input is DICOM" in LoadCased()({"image": [inputs[0], file]})["fusion_info"]["warnings"][0]
+    file = save_nifti(tmp_path / "John_Doe.nii", brain["flair"], FINE)
+    info = LoadCased()({"image": [inputs[0], file]})["fusion_info"]
+    assert "Only one input is DICOM" in info["warnings"][0]
+    assert info["inputs"][1]["name"] == ".nii file" and "John" not in str(info)
     series = [select_series(path) for path in inputs]
     assert check_same_identity(*series) is None
 

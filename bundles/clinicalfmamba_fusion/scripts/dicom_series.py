@@ -214,7 +214,8 @@ def select_series(path: str | os.PathLike, wanted: str | int | None = None) -> D
 
 def read_pixels(series: DicomSeries) -> tuple[np.ndarray, dict]:
     """
-    Read a series with ITK (GDCM), which decodes compressed transfer syntaxes and inverts MONOCHROME1. Every slice is
+    Read a series with ITK (GDCM), which decodes RLE, deflated, JPEG (baseline and lossless), JPEG-LS and JPEG 2000, and
+    inverts MONOCHROME1. Every slice is
     scaled by its own rescale slope and intercept; positron emission tomography becomes SUV where the header allows (see
     `suv_factor`).
 
@@ -231,7 +232,10 @@ def read_pixels(series: DicomSeries) -> tuple[np.ndarray, dict]:
     try:
         image = itk.imread(files if len(files) > 1 else files[0], pixel_type=None if colour else itk.F)
     except Exception as error:  # ITK raises RuntimeError, and its templates KeyError and others
-        raise ValueError(f"The pixels of {series.files[0]} can not be decoded: store them uncompressed.") from error
+        syntax = series.header.file_meta.get("TransferSyntaxUID", pydicom.uid.ImplicitVRLittleEndian).name
+        raise ValueError(
+            f"The pixels of {series.files[0]} ({syntax}) can not be decoded: store them uncompressed."
+        ) from error
     array, itk_meta = ITKReader().get_data(image)
     affine = itk_meta[MetaKeys.AFFINE] if "NumberOfFrames" in series.header else series.affine
     array = np.ascontiguousarray(array, dtype=np.float32)

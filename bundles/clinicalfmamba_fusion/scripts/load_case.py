@@ -89,7 +89,9 @@ class LoadCase(LoadPair):
         series = [select_series(file, w) if is_dicom(file) else None for file, w in zip(files, self.series)]
         warnings, same_frame = self._compare(series)
         images = [self._in_dimensions(self._read_any(f, s), f) for f, s in zip(files, series)]
-        names = [s.label if s else name for s, name in zip(series, _names(files))]
+        # beside DICOM, a file is named by its kind alone: its name may be the patient's
+        named = [f"{file.name.removeprefix(stem(file))} file" for file in files] if any(series) else _names(files)
+        names = [s.label if s else name for s, name in zip(series, named)]
         info = _info(names, images, warnings)
         # a picture does not know where it lies
         if self.match.registration in ("auto", "none") and any(f.name.lower().endswith(PICTURES) for f in files):
