@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from pathlib import Path
 
 import itk
@@ -32,7 +33,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from scripts.dicom_series import DicomSeriesReader, find_series, is_dicom, read_pixels, select_series
+from scripts.dicom_series import DicomSeriesReader, find_series, is_dicom, read_header, read_pixels, select_series
 
 TO_RAS = np.diag([-1, -1, 1, 1])
 
@@ -224,3 +225,18 @@ def test_metadata_has_nothing_of_the_patient(tmp_path: Path) -> None:
     write_series(tmp_path, random_volume(6, 6, 3))
     meta = str(read_pixels(select_series(tmp_path))[1])
     assert not any(str(value) in meta for value in IDENTITY.values() if len(value) > 1)
+
+
+def test_no_warning_quotes_a_header(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A birth date that is not written as it should be is one all the same."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        write_series(tmp_path, random_volume(6, 6, 3), PatientBirthDate="31.12.1949", StudyInstanceUID="1.02.3")
+    caplog.clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        series = select_series(tmp_path)
+        values = read_header(series.files[0], None).PatientBirthDate, series.header.StudyInstanceUID
+    assert [str(value) for value in values] == ["31.12.1949", "1.02.3"]
+    told = caplog.text + "".join(str(warning.message) for warning in caught)
+    assert not any(str(value) in told for value in values)

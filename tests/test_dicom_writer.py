@@ -11,10 +11,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import subprocess
 from pathlib import Path
 
+import itk
 import nibabel as nib
 import numpy as np
 import pydicom
@@ -32,6 +34,7 @@ from scripts.dicom_writer import write_series as write_derived
 from scripts.load_case import LoadCased
 
 SHAPE = (16, 20, 6)
+BRAINIX = Path(os.environ.get("SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")) / "brainix-dicom"
 SECRETS = [value for value in IDENTITY.values() if len(value) > 1]
 
 
@@ -237,3 +240,30 @@ def test_dcm2niix_puts_it_where_the_first_input_is(tmp_path: Path) -> None:
         images.append(nib.load(tmp_path / f"{name}.nii"))
     assert images[0].shape == images[1].shape
     np.testing.assert_allclose(images[1].affine, images[0].affine, atol=1e-4)
+
+
+def test_a_real_study(tmp_path: Path) -> None:
+    """T2 and FLAIR of different grids: grey and colour lie where T2 does, for whatever reads them."""
+    if not BRAINIX.is_dir():
+        pytest.skip(f"{BRAINIX} is not there: set SHARED_DATA to the folder that holds brainix-dicom")
+    item = LoadCased()({"image": [BRAINIX / "T2", BRAINIX / "FLAIR"], "case": "c"})
+    item["image"] = item["image"] / item["image"].amax(dim=(1, 2, 3), keepdim=True)
+    item["pred"] = item["image"][:1]
+    item = ColourMapd(colormap="hot")(item)
+    SaveDicomSeriesd(keys=("pred", "pred_colour"), output_dir=tmp_path, colormap="hot")(item)
+    for name in ("c_dicom", "c_dicom_colour"):
+        folder = tmp_path / "c" / name
+        for reader in ("ITKReader", "PydicomReader"):
+            affines = [LoadImage(reader=reader)(path).affine for path in (BRAINIX / "T2", folder)]
+            np.testing.assert_allclose(affines[1], affines[0], atol=1e-4)
+        original, derived = (gdcm_geometry(path) for path in (BRAINIX / "T2", folder))
+        np.testing.assert_allclose(derived, original, atol=1e-4)
+        assert_valid(folder / "0011.dcm")
+
+
+def gdcm_geometry(folder: Path) -> np.ndarray:
+    """Origin, spacing, direction and size as ITK's series reader has them."""
+    names = itk.GDCMSeriesFileNames.New(Directory=str(folder))
+    image = itk.imread(list(names.GetFileNames(names.GetSeriesUIDs()[0])))
+    parts = (image.GetOrigin(), image.GetSpacing(), itk.array_from_matrix(image.GetDirection()).ravel())
+    return np.concatenate([*(np.asarray(list(part)) for part in parts), itk.size(image)])

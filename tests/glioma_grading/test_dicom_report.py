@@ -171,11 +171,24 @@ def test_nothing_is_named_unless_asked_for(study, weights, tmp_path):
     files = {"input_a": str(study / "T2"), "input_b": str(study / "FLAIR")}
     record, _ = grade(tmp_path, weights, source="average", dicom_report=None, **files)
     assert names(tmp_path) == ["grades.csv", "grades.json"] and record["case"].startswith("case_")
-    # without a fused image the report is of the inputs
-    record, folder = grade(tmp_path, weights, source="average", **files)
+
+
+def test_without_a_fused_image_the_report_is_of_the_inputs(study, weights, tmp_path, recwarn, caplog):
+    """And their headers may be as anonymisers leave them; no warning quotes them."""
+    shutil.copytree(study, tmp_path / "study")
+    for file in (tmp_path / "study").rglob("IM*"):
+        image = pydicom.dcmread(file)
+        image.PatientSex = "0000"
+        image.PatientName = "Unlikely-Name"
+        del image.AccessionNumber
+        image.save_as(file)
+    files = {"input_a": str(tmp_path / "study" / "T2"), "input_b": str(tmp_path / "study" / "FLAIR")}
+    record, folder = grade(tmp_path / "out", weights, source="average", **files)
     references = json.loads((folder / f"{record['case']}_grade.json").read_text())["references"]
     assert references["fused"] is None and len(references["inputs"]) == 2
-    assert referenced(read_report(folder, record["case"])) == triples(*references["inputs"])
+    report = read_report(folder, record["case"])
+    assert referenced(report) == triples(*references["inputs"]) and report.PatientSex == ""
+    assert not any("Unlikely" in told for told in (caplog.text, *(str(warning.message) for warning in recwarn)))
 
 
 class TestFusedFiles:

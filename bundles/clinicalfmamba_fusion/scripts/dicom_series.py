@@ -15,13 +15,15 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import itk
 import numpy as np
-import pydicom
+import pydicom.config
+import pydicom.uid
 from monai.data import ImageReader, ITKReader, orientation_ras_lps
 from monai.utils import MetaKeys, SpaceKeys
 from pydicom.dataset import Dataset
@@ -147,15 +149,21 @@ def _has_preamble(file: Path) -> bool:
 
 def read_header(file: str | os.PathLike, keywords: Sequence[str] | None = KEYWORDS) -> Dataset:
     """
-    Header of a DICOM file without its pixels: the given keywords, or with None all.
+    Header of a DICOM file without its pixels: the given keywords, or with None all. No warning and no log tells a value of it.
 
     Raises:
         ValueError: when the file is damaged.
     """
     try:
-        return pydicom.dcmread(file, stop_before_pixels=True, specific_tags=list(keywords) if keywords else None)
+        header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=list(keywords) if keywords else None)
     except (InvalidDicomError, OSError, EOFError, ValueError) as error:
         raise ValueError(f"{file} can not be read as DICOM: replace it, or take it out.") from error
+    # values are converted when they are first used, and what is not as it should be is quoted in warnings and logs
+    with pydicom.config.disable_value_validation():
+        for tag in header.keys():
+            with suppress(Exception):
+                header[tag]
+    return header
 
 
 def find_series(path: str | os.PathLike) -> list[DicomSeries]:

@@ -38,7 +38,7 @@ from pydicom.uid import (
 from scripts.data import replacing_folder
 from scripts.dicom_series import read_header
 
-__all__ = ["PRODUCT", "SaveDicomSeriesd", "derive_series", "describe_fusion", "write_series"]
+__all__ = ["PRODUCT", "SaveDicomSeriesd", "complete_identity", "derive_series", "describe_fusion", "write_series"]
 
 PRODUCT = "ClinicalFMamba"
 GREY_BITS = 12
@@ -170,6 +170,15 @@ def _geometry(headers: Sequence[Dataset], shape: Sequence[int], affine: np.ndarr
     return slices
 
 
+def complete_identity(header: Dataset) -> None:
+    """Leave empty what ``header`` must not lack, and a sex that DICOM does not know: anonymisers write such."""
+    for keyword in IDENTITY:
+        if keyword not in header:
+            setattr(header, keyword, "")
+    if header.PatientSex not in ("M", "F", "O"):
+        header.PatientSex = ""
+
+
 def _decimals(values: np.ndarray) -> list[str]:
     """Numbers in the 16 characters of a decimal string."""
     return [f"{value:.10f}"[:16] if abs(value) < 1e4 else f"{value:.8g}" for value in values]
@@ -181,11 +190,7 @@ def _common(reference: Dataset, second: Sequence[Dataset], channels: int, versio
     kind = reference.SOPClassUID if known else SecondaryCaptureImageStorage
     moment = datetime.now()
     common = _copy(reference, ("SpecificCharacterSet", *IDENTITY, *IDENTITY_IF_KNOWN, *ACQUISITION[kind]))
-    for keyword in IDENTITY:
-        if keyword not in common:
-            setattr(common, keyword, "")
-    # some anonymisers leave there what no reader takes
-    common.PatientSex = common.PatientSex if common.PatientSex in ("M", "F", "O") else ""
+    complete_identity(common)
     for keyword, unknown in ACQUISITION[kind].items():
         # the pixels are no longer what the first input's rescaling makes of them
         if keyword not in common or keyword.startswith("Rescale"):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,14 @@ from typing import Any
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 from monai.utils import optional_import
+from pydicom.config import disable_value_validation
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import Code, codes
 from pydicom.uid import generate_uid
 
 from scripts.data import replacing
 from scripts.dicom_series import DicomSeries, is_dicom, read_header, select_series
-from scripts.dicom_writer import PRODUCT, derive_series, describe_fusion, write_series
+from scripts.dicom_writer import PRODUCT, complete_identity, derive_series, describe_fusion, write_series
 from scripts.fusion import FuseModalitiesd
 from scripts.grades import GradeWriter
 
@@ -211,22 +213,28 @@ def structured_report(
         imaging_measurements=[group],
         title=codes.DCM.ImagingMeasurementReport,
     )
-    return sr.ComprehensiveSR(
-        evidence=[*fused, *(header for headers in inputs for header in headers)],
-        content=content[0],
-        series_instance_uid=generate_uid(),
-        series_number=SERIES_NUMBER,
-        sop_instance_uid=generate_uid(),
-        instance_number=1,
-        manufacturer=PRODUCT,
-        manufacturer_model_name=name,
-        software_versions=version,
-        series_description=f"Glioma grade. {record['notice']}",
-    )
+    # highdicom warns of names that it finds unlikely, and quotes them
+    with warnings.catch_warnings(), disable_value_validation():
+        warnings.simplefilter("ignore")
+        return sr.ComprehensiveSR(
+            evidence=[*fused, *(header for headers in inputs for header in headers)],
+            content=content[0],
+            series_instance_uid=generate_uid(),
+            series_number=SERIES_NUMBER,
+            sop_instance_uid=generate_uid(),
+            instance_number=1,
+            manufacturer=PRODUCT,
+            manufacturer_model_name=name,
+            software_versions=version,
+            series_description=f"Glioma grade. {record['notice']}",
+        )
 
 
 def _headers(series: DicomSeries) -> list[Dataset]:
-    return [read_header(file, None) for file in series.files]
+    headers = [read_header(file, None) for file in series.files]
+    for header in headers:
+        complete_identity(header)
+    return headers
 
 
 def _reference(headers: Sequence[Dataset]) -> dict[str, Any]:
