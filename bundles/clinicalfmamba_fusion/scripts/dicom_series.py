@@ -149,7 +149,7 @@ def _has_preamble(file: Path) -> bool:
 
 def read_header(file: str | os.PathLike, keywords: Sequence[str] | None = KEYWORDS) -> Dataset:
     """
-    Header of a DICOM file without its pixels: the given keywords, or with None all. No warning and no log tells a value of it.
+    Header of a DICOM file without its pixels: the given keywords, or with None all. No warning and no log quotes it.
 
     Raises:
         ValueError: when the file is damaged.
