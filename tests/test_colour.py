@@ -119,8 +119,8 @@ class TestSpaces:
         _, kept = split_colour(join_colour(grey + 0.05, chroma, space), space)
         torch.testing.assert_close(kept, chroma, atol=1e-3, rtol=0)
 
-    # maps like those of AANLIB's SPECT and PET
-    @pytest.mark.parametrize("colormap", ["CMRmap", "jet"])
+    # the first two are like those of AANLIB's SPECT and PET; of hot_iron and hot_metal_blue, see TestColourMap
+    @pytest.mark.parametrize("colormap", ["CMRmap", "jet", "hot", "inferno", "pet", "pet_20_step"])
     def test_hue_of_generated_pairs(self, space: str, colormap: str) -> None:
         brain = digital_brain((96, 96), seed=3)
         mri, functional = torch.from_numpy(brain["mri"])[None], torch.from_numpy(brain["pet"])[None]
