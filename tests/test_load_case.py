@@ -65,7 +65,8 @@ def test_the_second_series_comes_onto_the_grid_of_the_first(inputs: list[str], b
     np.testing.assert_array_equal(item["image"][0], brain["t2"])
     assert np.corrcoef(item["image"][1].numpy().ravel(), brain["flair"].ravel())[0, 1] > 0.9
     info = item["fusion_info"]
-    assert info["case"] == "c" and info["registration"] is None and info["warnings"] == []
+    assert info["case"] == "c" and info["registration"] is None and info["warnings"] == [] and info["resampled"]
+    assert not LoadCased()({"image": [inputs[0]] * 2})["fusion_info"]["resampled"]
     assert [(i["name"], i["modality"], i["shape"]) for i in info["inputs"]] == [
         ("MR 301", "MR", list(SHAPE)),
         ("MR 401", "MR", [30, 34, 16]),

@@ -376,8 +376,6 @@ class SaveDicomSeriesd(MapTransform):
         weights = None if self.checkpoint is None else hashlib.sha256(Path(self.checkpoint).read_bytes()).hexdigest()
         registered = "" if info["registration"] is None else info["registration"]["kind"]
         description = describe_fusion([i["name"] for i in inputs], version, weights, registered)
-        # a resampled image has another grid than it came with
-        moved = info["registration"] is not None or inputs[0]["shape"] != inputs[1]["shape"]
         for key in self.key_iterator(d):
             fused: MetaTensor = d[key]
             mapped = str(key).endswith("_colour")
@@ -387,7 +385,7 @@ class SaveDicomSeriesd(MapTransform):
                 sources,
                 f"{description}, in the colours of {self.colormap}" if mapped else description,
                 version,
-                moved,
+                info["resampled"],
                 self.anonymise,
                 self.colormap if mapped else None,
             )

@@ -26,6 +26,7 @@ from monai.transforms import EnsureChannelFirst, Transform
 
 from scripts.data import PICTURES, stem
 from scripts.dicom_series import DicomSeries, is_dicom, read_pixels, select_series
+from scripts.grid import same_grid
 from scripts.identity import check_same_identity
 from scripts.match_grid import MatchGrid
 from scripts.registration import Alignment, save_transform
@@ -98,6 +99,7 @@ class LoadCase(LoadPair):
             refuse_unequal_shapes(images, files)
         matched = self.match(images[1], images[0], same_frame)
         info["warnings"] += matched.warnings
+        info["resampled"] = matched.alignment is not None or not same_grid(images[1], images[0])
         meta = images[0].meta
         meta[INFO], meta[ALIGNMENT] = info, matched.alignment
         meta[SOURCES] = [[str(file) for file in s.files] if s else [] for s in series]
@@ -138,8 +140,8 @@ class LoadCased(LoadPaird):
 
     - ``fusion_info``: ``case``, ``inputs`` (for each ``name``, ``modality``, ``shape`` and ``spacing`` in mm, as it
       came, and ``units``), ``registration`` (``None``, or ``kind``, ``translation_mm``, ``rotation_deg``,
-      ``mutual_information`` and ``overlap`` before and after, ``transform_file``) and ``warnings``. Nothing in it comes
-      from the patient;
+      ``mutual_information`` and ``overlap`` before and after, ``transform_file``), ``resampled`` (whether the second
+      image had another grid) and ``warnings``. Nothing in it comes from the patient;
     - ``sources``: for each input its DICOM files in order, empty for other files, see `SaveDicomSeriesd`.
 
     Args:
@@ -227,7 +229,7 @@ def _info(names: Sequence[str], images: Sequence[MetaTensor], warnings: list[str
         }
         for name, image in zip(names, images)
     ]
-    return {"case": "", "inputs": inputs, "registration": None, "warnings": warnings}
+    return {"case": "", "inputs": inputs, "registration": None, "resampled": False, "warnings": warnings}
 
 
 def _names(files: Sequence[Path]) -> list[str]:

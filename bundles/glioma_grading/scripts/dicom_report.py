@@ -28,7 +28,7 @@ from pydicom.dataset import Dataset
 from pydicom.sr.codedict import Code, codes
 from pydicom.uid import generate_uid
 
-from scripts.data import replacing
+from scripts.data import replacing, stem
 from scripts.dicom_series import DicomSeries, is_dicom, read_header, select_series
 from scripts.dicom_writer import PRODUCT, complete_identity, derive_series, describe_fusion, write_series
 from scripts.fusion import FuseModalitiesd
@@ -134,7 +134,8 @@ class DicomReporter:
         image = self.images[case]
         files = [Path(image)] if isinstance(image, (str, os.PathLike)) else [Path(file) for file in image]
         if self.fused_files:
-            folder = files[0] if is_dicom(files[0]) else files[0].with_name(f"{case}_dicom")
+            beside = files[0].with_name(f"{stem(files[0]).removesuffix('_fused')}_dicom")
+            folder = files[0] if is_dicom(files[0]) else beside
             return (_headers(select_series(folder)) if is_dicom(folder) else []), []
         found = [select_series(file) if is_dicom(file) else None for file in files]
         inputs = [_headers(series) for series in found if series is not None]
@@ -147,8 +148,6 @@ class DicomReporter:
     ) -> list[Dataset]:
         """Write the fused series."""
         image: MetaTensor = fuse({"image": [str(file) for file in files], "case": case})["image"]
-        first, second = series
-        registered = image.meta["registered"]
         version = _version(fuse.fusion.bundle)
         digest = hashlib.sha256(fuse.fusion.weights.read_bytes()).hexdigest()
         names = [s.label if s is not None else "another image" for s in series]
@@ -156,9 +155,9 @@ class DicomReporter:
             image.as_tensor().numpy(),
             image.affine.numpy(),
             [s.files if s is not None else [] for s in series],
-            describe_fusion(names, version, digest, registered),
+            describe_fusion(names, version, digest, image.meta["registered"]),
             version,
-            bool(registered) or second is None or not _same_grid(first, second),  # type: ignore[arg-type]
+            image.meta["resampled"],
             self.anonymise,
         )
         write_series(images, self.output_dir / case / f"{case}_dicom")
@@ -257,11 +256,6 @@ def _sources(fused: Sequence[Dataset]) -> list[dict[str, Any]]:
                 instances = (str(i.ReferencedSOPInstanceUID) for i in series.ReferencedInstanceSequence)
                 found.setdefault(key, {}).update(dict.fromkeys(instances))
     return [{"study": study, "series": uid, "instances": list(found[study, uid])} for study, uid in found]
-
-
-def _same_grid(a: DicomSeries, b: DicomSeries) -> bool:
-    size = [(s.header.Rows, s.header.Columns, s.slices) for s in (a, b)]
-    return size[0] == size[1] and bool(abs(a.affine - b.affine).max() < 1e-3)
 
 
 def _version(bundle: Path) -> str:

@@ -50,6 +50,8 @@ __all__ = [
 PLAIN_SOURCES = ("t2", "flair", "t2_flair", "average", "maximum", "fused_files")
 # what a fused image depends on
 CONFIG_IDS = ("spatial_dims", "network_def", "preprocessing", "inferer")
+# what is kept of how the second image came onto the grid of the first
+NOTES = ("registered", "resampled")
 
 
 @contextmanager
@@ -209,7 +211,8 @@ class FuseModalitiesd(MapTransform):
     """
     Replace the file names of two co-registered images by their fused image ``(1, H, W[, D])``, a float32
     ``MetaTensor`` in [0, 1] at 256 levels, on the grid of the first image: what a run of the fusion bundle writes, up
-    to that rounding. ``meta["registered"]`` says how the second image was registered, empty if it was not.
+    to that rounding. ``meta["registered"]`` says how the second image was registered, empty if it was not, and
+    ``meta["resampled"]`` whether it came from another grid.
 
     Nothing of the fusion bundle is loaded before an image is fused that is not in the cache. One thread fuses at a
     time. A data loader's worker can not use a GPU: with ``device`` a GPU, fuse in the main process, or call `prepare`
@@ -267,8 +270,8 @@ class FuseModalitiesd(MapTransform):
         for key in self.key_iterator(d):
             files = [str(d[key])] if isinstance(d[key], (str, os.PathLike)) else [str(file) for file in d[key]]
             case = str(d.get("case") or stem(files[0]))
-            fused, affine, registered = self._fused(files, case)
-            meta = {"case": case, "filename_or_obj": files[0], "registered": registered}
+            fused, affine, notes = self._fused(files, case)
+            meta = {"case": case, "filename_or_obj": files[0], **notes}
             d[key] = MetaTensor(torch.from_numpy(fused).float() / 255, affine=torch.from_numpy(affine), meta=meta)
         return d
 
@@ -279,20 +282,20 @@ class FuseModalitiesd(MapTransform):
         for item in tqdm(items, desc="fusing", leave=False):
             self(item)
 
-    def _fused(self, files: Sequence[str], case: str) -> tuple[np.ndarray, np.ndarray, str]:
-        """Fused image, uint8, its affine, and how the second image was registered, if it was."""
+    def _fused(self, files: Sequence[str], case: str) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+        """Fused image, uint8, its affine, and ``registered`` and ``resampled``."""
         if self.cache_dir is None:
             return self._fuse(files, case)
         path = self.cache_dir / f"{hashlib.sha256((self.digest + content_digest(*files)).encode()).hexdigest()}.npz"
         if not path.is_file():
-            image, affine, registered = self._fuse(files, case)
+            image, affine, notes = self._fuse(files, case)
             with self._lock, replacing(path) as temporary:
-                np.savez_compressed(temporary, image=image, affine=affine, registered=registered)
-            return image, affine, registered
+                np.savez_compressed(temporary, image=image, affine=affine, **notes)
+            return image, affine, notes
         with np.load(path) as cached:
-            return cached["image"], cached["affine"], str(cached["registered"])
+            return cached["image"], cached["affine"], {name: cached[name].item() for name in NOTES}
 
-    def _fuse(self, files: Sequence[str], case: str) -> tuple[np.ndarray, np.ndarray, str]:
+    def _fuse(self, files: Sequence[str], case: str) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
         if self.fusion.device.type == "cuda" and get_worker_info() is not None:
             raise RuntimeError(
                 "An image would have to be fused on a GPU in a worker process of a data loader, which can not: set a"
@@ -320,4 +323,5 @@ class FuseModalitiesd(MapTransform):
                 else:
                     fused = self._inferer(plain, self._network)[0]
             image = (to_eight_bit(fused) * 255).round().to(torch.uint8).cpu().numpy()
-            return image, np.asarray(affine), (info.get("registration") or {}).get("kind", "")
+            notes = ((info.get("registration") or {}).get("kind", ""), bool(info.get("resampled")))
+            return image, np.asarray(affine), dict(zip(NOTES, notes))
