@@ -17,6 +17,8 @@ gives up chroma where a colour does not exist. Prints a table, means over the pa
 
     python benchmarks/fusion_colour.py --dataset_dir ../shared/data/aanlib --limit 12
 
+and a second one for the colours of maps on a grey functional image, a generated brain.
+
 Hue is compared where the partner has a colour (chroma of 10 in CIELAB), after rounding to 8 bit, in degrees: in CIELAB,
 in HSV and in Oklab (Ottosson, 2020), since each space keeps its own hue. SSIM and Q^AB/F are those of the result's
 luma against MRI and luma of the partner, so that the spaces are measured alike.
@@ -40,9 +42,11 @@ sys.path[:0] = [str(ROOT), str(BUNDLE)]
 from skimage.color import rgb2hsv, rgb2lab, rgb2xyz  # noqa: E402
 
 from custom_nets.nets import build_network  # noqa: E402
-from scripts.colour import join_colour, rgb_to_ycbcr, split_colour, ycbcr_to_rgb  # noqa: E402
+from scripts.colour import COLOUR_SPACES, join_colour, rgb_to_ycbcr, split_colour, ycbcr_to_rgb  # noqa: E402
+from scripts.colour_maps import ColourMapd  # noqa: E402
 from scripts.data import find_pairs  # noqa: E402
 from scripts.metrics import EdgePreservationMetric, FusionSSIMMetric  # noqa: E402
+from scripts.phantom import digital_brain  # noqa: E402
 from scripts.transforms import LoadPair  # noqa: E402
 
 METHODS = {
@@ -50,6 +54,7 @@ METHODS = {
     "YCbCr": ("ycbcr", join_colour),
     "CIELAB": ("cielab", join_colour),
 }
+MAPS = ("hot", "hot_iron", "pet", "pet_20_step", "hot_metal_blue", "inferno", "jet", "CMRmap")
 COLOURED, VISIBLE = 10, 2
 # Ottosson's matrices, from XYZ (D65) to cone responses and from their cube roots to L, a, b
 XYZ_TO_LMS = np.array([[0.8189, 0.3619, -0.1289], [0.0330, 0.9293, 0.0361], [0.0482, 0.2644, 0.6339]])
@@ -76,6 +81,23 @@ def compare(partner: torch.Tensor, fused: torch.Tensor) -> dict[str, float]:
         difference = np.abs(before[name] - after[name])[seen] % 360
         result[f"hue {name}"] = float(np.minimum(difference, 360 - difference).mean())
     return result | {"chroma kept": float(new_chroma[coloured].mean() / chroma[coloured].mean())}
+
+
+def print_maps(network: torch.nn.Module) -> None:
+    """What each space makes of the colours of maps, on one fused slice of a generated brain."""
+    brain = digital_brain((256, 256), seed=3)
+    sources = torch.stack([torch.from_numpy(brain[name]).float() for name in ("mri", "pet")])
+    with torch.inference_mode():
+        item = {"image": sources, "pred": network(sources[None])[0]}
+    columns: list[str] = []
+    for name in MAPS:
+        for space in COLOUR_SPACES:
+            coloured = ColourMapd(colormap=name, colour_space=space)(item)
+            row = compare(coloured["partner_colour"], coloured["pred_colour"])
+            if not columns:
+                columns = list(row)
+                print(f"\n| | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}")
+            print(f"| {name}: {space} | {' | '.join(f'{value:.3f}' for value in row.values())} |")
 
 
 def main(dataset_dir: str, weights: str = str(BUNDLE / "models" / "model.pt"), limit: int = 12) -> None:
@@ -119,6 +141,7 @@ def main(dataset_dir: str, weights: str = str(BUNDLE / "models" / "model.pt"), l
         for method, values in rows.items():
             means = [f"{np.mean([row[column] for row in values]):.3f}" for column in columns]
             print(f"| {task} ({len(values)} pairs): {method} | {' | '.join(means)} |")
+    print_maps(network)
 
 
 if __name__ == "__main__":

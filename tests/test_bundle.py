@@ -30,6 +30,7 @@ import torch
 from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
 from PIL import Image
+from skimage.color import rgb2lab
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from scripts.phantom import write
@@ -314,9 +315,10 @@ class TestVolumes:
         grey, colour = (nib.load(case / f"phantom_001_fused{end}.nii.gz") for end in ("", "_colour"))
         assert grey.shape == VOLUME_SHAPE and colour.shape == (*VOLUME_SHAPE, 3)
         np.testing.assert_allclose(colour.affine, AFFINE, atol=1e-5)
-        # the colours have the luma of the grey volume, which stays as it is
-        luma = colour.get_fdata() @ [0.299, 0.587, 0.114]
-        assert np.abs(luma - grey.get_fdata()).max() < 1.5 and np.ptp(colour.get_fdata(), axis=-1).max() > 30
+        # the colours are as light to the eye as the grey volume, which stays as it is
+        pictures = colour.get_fdata(), np.repeat(grey.get_fdata()[..., None], 3, axis=-1)
+        lightness = [rgb2lab(picture / 255)[..., 0] for picture in pictures]
+        assert np.abs(lightness[0] - lightness[1]).max() < 1 and np.ptp(pictures[0], axis=-1).max() > 30
 
     @pytest.mark.slow
     def test_as_commands(self, volumes, tmp_path):

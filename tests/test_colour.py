@@ -119,8 +119,8 @@ class TestSpaces:
         _, kept = split_colour(join_colour(grey + 0.05, chroma, space), space)
         torch.testing.assert_close(kept, chroma, atol=1e-3, rtol=0)
 
-    # maps like those of AANLIB's SPECT and PET
-    @pytest.mark.parametrize("colormap", ["CMRmap", "jet"])
+    # the first two are like those of AANLIB's SPECT and PET; of hot_iron and hot_metal_blue, see TestColourMap
+    @pytest.mark.parametrize("colormap", ["CMRmap", "jet", "hot", "inferno", "pet", "pet_20_step"])
     def test_hue_of_generated_pairs(self, space: str, colormap: str) -> None:
         brain = digital_brain((96, 96), seed=3)
         mri, functional = torch.from_numpy(brain["mri"])[None], torch.from_numpy(brain["pet"])[None]
@@ -190,7 +190,25 @@ def test_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: p
     assert max(ycbcr[4], cielab[4]) <= clipped[4]
 
 
+def coloured_brain(colormap: str, **settings: str) -> dict[str, torch.Tensor]:
+    """Where bone and white matter are brighter than the tracer, the colours have to become lighter than in the map."""
+    brain = digital_brain((96, 96), seed=3)
+    sources = torch.stack([torch.from_numpy(brain[name]).float() for name in ("mri", "pet")])
+    return ColourMapd(colormap=colormap, **settings)({"image": sources, "pred": sources.amax(dim=0, keepdim=True)})
+
+
 class TestColourMap:
+    @pytest.mark.parametrize("colormap", ["hot", "inferno", "jet", "CMRmap", *DICOM_PALETTES])
+    def test_hue_of_every_map(self, colormap: str) -> None:
+        item = coloured_brain(colormap)
+        assert hue_differences(item["partner_colour"], item["pred_colour"])["lab"] < 0.5
+
+    @pytest.mark.parametrize("colormap", ["hot", "hot_iron"])
+    def test_why_not_ycbcr(self, colormap: str) -> None:
+        """Lighter reds of one ratio of red, green and blue are pink: the space can not keep their hue."""
+        item = coloured_brain(colormap, colour_space="ycbcr")
+        assert hue_differences(item["partner_colour"], item["pred_colour"])["lab"] > 4
+
     def test_maps(self) -> None:
         ends = torch.tensor([[-1.0, 0.0, 0.5, 1.0, 2.0]])
         hot = ColourMap("hot")(ends)

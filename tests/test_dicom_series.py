@@ -10,16 +10,30 @@
 # limitations under the License.
 from __future__ import annotations
 
+import io
+import warnings
 from pathlib import Path
 
+import itk
 import numpy as np
 import pydicom
 import pytest
 from dicom_samples import IDENTITY, affine_lps, write_series
 from monai.transforms import LoadImage
-from pydicom.uid import RLELossless
+from PIL import Image
+from pydicom.encaps import encapsulate, generate_frames
+from pydicom.uid import (
+    UID,
+    DeflatedExplicitVRLittleEndian,
+    HTJ2KLossless,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    RLELossless,
+)
 
-from scripts.dicom_series import DicomSeriesReader, find_series, is_dicom, read_pixels, select_series
+from scripts.dicom_series import DicomSeriesReader, find_series, is_dicom, read_header, read_pixels, select_series
 
 TO_RAS = np.diag([-1, -1, 1, 1])
 
@@ -65,6 +79,70 @@ def test_compressed_inverted_and_coloured(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_pixels(select_series(tmp_path / "rle"))[0], volume)
     np.testing.assert_array_equal(read_pixels(select_series(tmp_path / "inverted"))[0], 65535 - volume)
     np.testing.assert_array_equal(read_pixels(select_series(tmp_path / "colour"))[0], colour)
+
+
+def by_itk(pixels: np.ndarray, folder: Path) -> bytes:
+    """JPEG lossless, which no Python package writes."""
+    settings = itk.GDCMImageIO.New()
+    settings.SetCompressionType(itk.GDCMImageIOEnums.Compression_JPEG)
+    itk.imwrite(itk.image_from_array(pixels), str(folder / "whole.dcm"), compression=True, imageio=settings)
+    whole = pydicom.dcmread(folder / "whole.dcm")
+    assert whole.file_meta.TransferSyntaxUID == JPEGLosslessSV1
+    return next(generate_frames(whole.PixelData, number_of_frames=1))
+
+
+def by_pillow(pixels: np.ndarray, kind: str, **settings: object) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, kind, **settings)
+    return stream.getvalue()
+
+
+ENCODERS = {
+    JPEGLosslessSV1: by_itk,
+    JPEG2000Lossless: lambda pixels, _: by_pillow(pixels, "JPEG2000", no_jp2=True),
+    JPEGBaseline8Bit: lambda pixels, _: by_pillow(pixels, "JPEG", quality=100),
+    # not an image in that syntax
+    HTJ2KLossless: lambda pixels, _: b"\xff\x4f\xff\x51" + pixels.tobytes(),
+}
+
+
+def write_compressed(folder: Path, volume: np.ndarray, syntax: UID) -> None:
+    write_series(folder, volume)
+    for file in folder.iterdir():
+        image = pydicom.dcmread(file)
+        if syntax in ENCODERS:
+            image.PixelData = encapsulate([ENCODERS[syntax](image.pixel_array, folder.parent)])
+            image["PixelData"].VR, image["PixelData"].is_undefined_length = "OB", True
+        image.file_meta.TransferSyntaxUID = syntax
+        image.save_as(file)
+
+
+@pytest.mark.parametrize(
+    ("syntax", "dtype", "error"),
+    [
+        (DeflatedExplicitVRLittleEndian, np.uint16, 0),
+        (JPEGLosslessSV1, np.uint16, 0),
+        (JPEG2000Lossless, np.uint16, 0),
+        (JPEGBaseline8Bit, np.uint8, 2),
+    ],
+    ids=["deflated", "jpeg_lossless", "jpeg_2000", "jpeg"],
+)
+def test_compressed_transfer_syntaxes(tmp_path: Path, syntax: UID, dtype: type, error: int) -> None:
+    volume = random_volume(32, 24, 2, dtype=dtype)
+    write_compressed(tmp_path / "a", volume, syntax)
+    assert np.abs(read_pixels(select_series(tmp_path / "a"))[0] - volume).max() <= error
+
+
+def test_jpeg_ls(tmp_path: Path) -> None:
+    volume = random_volume(32, 24, 2)
+    write_series(tmp_path, volume, compress=JPEGLSLossless)
+    np.testing.assert_array_equal(read_pixels(select_series(tmp_path))[0], volume)
+
+
+def test_no_decoder(tmp_path: Path) -> None:
+    write_compressed(tmp_path / "a", random_volume(32, 24, 2), HTJ2KLossless)
+    with pytest.raises(ValueError, match=r"a/IM000\d \(High-Throughput JPEG 2000 .*\) can not be decoded: store them"):
+        read_pixels(select_series(tmp_path / "a"))
 
 
 def test_single_slice(tmp_path: Path) -> None:
@@ -147,3 +225,18 @@ def test_metadata_has_nothing_of_the_patient(tmp_path: Path) -> None:
     write_series(tmp_path, random_volume(6, 6, 3))
     meta = str(read_pixels(select_series(tmp_path))[1])
     assert not any(str(value) in meta for value in IDENTITY.values() if len(value) > 1)
+
+
+def test_no_warning_quotes_a_header(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A birth date that is not written as it should be is one all the same."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        write_series(tmp_path, random_volume(6, 6, 3), PatientBirthDate="31.12.1949", StudyInstanceUID="1.02.3")
+    caplog.clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        series = select_series(tmp_path)
+        values = read_header(series.files[0], None).PatientBirthDate, series.header.StudyInstanceUID
+    assert [str(value) for value in values] == ["31.12.1949", "1.02.3"]
+    told = caplog.text + "".join(str(warning.message) for warning in caught)
+    assert not any(str(value) in told for value in values)

@@ -11,10 +11,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import subprocess
 from pathlib import Path
 
+import itk
 import nibabel as nib
 import numpy as np
 import pydicom
@@ -25,12 +27,14 @@ from monai.data import MetaTensor
 from monai.transforms import LoadImage
 from pydicom.uid import CTImageStorage, MRImageStorage, SecondaryCaptureImageStorage
 
+from scripts.colour_maps import ColourMapd
 from scripts.dicom_series import read_pixels, select_series
 from scripts.dicom_writer import SaveDicomSeriesd, derive_series
 from scripts.dicom_writer import write_series as write_derived
 from scripts.load_case import LoadCased
 
 SHAPE = (16, 20, 6)
+BRAINIX = Path(os.environ.get("SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")) / "brainix-dicom"
 SECRETS = [value for value in IDENTITY.values() if len(value) > 1]
 
 
@@ -51,6 +55,13 @@ def fuse(folder: Path, modality: str = "MR", colour: bool = False, anonymise: bo
 
 def headers(folder: Path) -> list[pydicom.Dataset]:
     return [pydicom.dcmread(file) for file in sorted(folder.iterdir())]
+
+
+def assert_valid(file: Path) -> None:
+    if shutil.which("dciodvfy") is None:
+        pytest.skip("dciodvfy (Debian: dicom3tools) is not installed")
+    checked = subprocess.run(["dciodvfy", "-new", file], capture_output=True, text=True)
+    assert "Image" in checked.stderr and "Error" not in checked.stderr, checked.stderr
 
 
 @pytest.mark.parametrize(("modality", "kind"), [("MR", MRImageStorage), ("CT", CTImageStorage)])
@@ -83,6 +94,8 @@ def test_it_belongs_to_the_study_and_tells_where_it_came_from(tmp_path: Path) ->
         assert image.DerivationCodeSequence[0].CodeMeaning == "Spatial resampling"
         assert image.Manufacturer == "ClinicalFMamba"
         assert len(image.SourceImageSequence) == 1 + 7
+        named = {s.SeriesInstanceUID: len(s.ReferencedInstanceSequence) for s in image.ReferencedSeriesSequence}
+        assert named == {source.uid: 1, select_series(tmp_path / "b").uid: 7}
     first = [image.SourceImageSequence[0].ReferencedSOPInstanceUID for image in images]
     assert first == [header.SOPInstanceUID for header in source.headers]
     assert len({image.SOPInstanceUID for image in images}) == 6
@@ -100,6 +113,45 @@ def test_colour_and_other_modalities_are_secondary_capture(tmp_path: Path) -> No
     np.testing.assert_allclose(select_series(out).affine, select_series(tmp_path / "rgb" / "a").affine)
     image = headers(fuse(tmp_path / "pet", "PT", Units="BQML"))[0]
     assert image.SOPClassUID == SecondaryCaptureImageStorage and image.Modality == "PT" and "Units" not in image
+
+
+def test_sources_of_other_studies(tmp_path: Path) -> None:
+    """Fused all the same on request; and a sex that DICOM does not know is none."""
+    write_series(tmp_path / "a", np.ones(SHAPE, np.uint16), PatientSex="0000")
+    write_series(tmp_path / "b", np.ones(SHAPE, np.uint16), number=401, StudyInstanceUID="1.9")
+    a, b = select_series(tmp_path / "a"), select_series(tmp_path / "b")
+    image = derive_series(np.zeros((1, *SHAPE), np.float32), a.affine, [a.files, b.files])[0]
+    assert [series.SeriesInstanceUID for series in image.ReferencedSeriesSequence] == [a.uid]
+    (other,) = image.StudiesContainingOtherReferencedInstancesSequence
+    assert other.StudyInstanceUID == "1.9" and other.ReferencedSeriesSequence[0].SeriesInstanceUID == b.uid
+    assert image.PatientSex == ""
+
+
+def test_colours_of_a_map_are_a_second_series(tmp_path: Path) -> None:
+    rng = np.random.RandomState(0)
+    write_series(tmp_path / "a", rng.randint(0, 900, SHAPE).astype(np.uint16))
+    write_series(tmp_path / "b", rng.randint(0, 900, SHAPE).astype(np.uint16), "PT", 401, Units="CNTS")
+    item = LoadCased()({"image": [tmp_path / "a", tmp_path / "b"], "case": "c"})
+    item["image"] = item["image"] / 900
+    item["pred"] = item["image"][:1]
+    item = ColourMapd(colormap="hot_iron")(item)
+    SaveDicomSeriesd(keys=("pred", "pred_colour"), output_dir=tmp_path / "out", colormap="hot_iron")(item)
+    grey, colour = headers(tmp_path / "out" / "c" / "c_dicom"), headers(tmp_path / "out" / "c" / "c_dicom_colour")
+    assert len(colour) == SHAPE[2] and len({image.SeriesInstanceUID for image in [*grey, *colour]}) == 2
+    for image, other in zip(colour, grey):
+        assert (image.PhotometricInterpretation, image.SamplesPerPixel, image.PlanarConfiguration) == ("RGB", 3, 0)
+        assert (image.BitsAllocated, image.BitsStored, image.HighBit) == (8, 8, 7)
+        assert not {"WindowCenter", "WindowWidth", "VOILUTSequence", "RescaleSlope"} & set(image.dir())
+        assert (image.SeriesNumber, other.SeriesNumber) == (9801, 9301)
+        assert image.SeriesDescription == "Fused MR 301 + PT 401 (hot_iron)"
+        assert image.DerivationDescription.endswith("in the colours of hot_iron")
+        for keyword in ("StudyInstanceUID", "FrameOfReferenceUID", "ImagePositionPatient", "ImageOrientationPatient"):
+            assert image[keyword].value == other[keyword].value
+    derived = select_series(tmp_path / "out" / "c" / "c_dicom_colour")
+    np.testing.assert_allclose(derived.affine, select_series(tmp_path / "a").affine, atol=1e-9)
+    expected = item["pred_colour"].permute(1, 2, 3, 0).numpy()
+    np.testing.assert_allclose(read_pixels(derived)[0] / 255, expected, atol=0.51 / 255)
+    assert_valid(tmp_path / "out" / "c" / "c_dicom_colour" / "0003.dcm")
 
 
 def test_anonymised(tmp_path: Path) -> None:
@@ -173,11 +225,7 @@ def test_an_older_series_is_replaced_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("modality", "colour"), [("MR", False), ("CT", False), ("MR", True), ("PT", False)])
 @pytest.mark.parametrize("anonymise", [False, True])
 def test_dciodvfy_finds_no_errors(tmp_path: Path, modality: str, colour: bool, anonymise: bool) -> None:
-    if shutil.which("dciodvfy") is None:
-        pytest.skip("dciodvfy (Debian: dicom3tools) is not installed")
-    out = fuse(tmp_path, modality, colour, anonymise)
-    checked = subprocess.run(["dciodvfy", "-new", out / "0003.dcm"], capture_output=True, text=True)
-    assert "Image" in checked.stderr and "Error" not in checked.stderr, checked.stderr
+    assert_valid(fuse(tmp_path, modality, colour, anonymise) / "0003.dcm")
 
 
 def test_dcm2niix_puts_it_where_the_first_input_is(tmp_path: Path) -> None:
@@ -192,3 +240,30 @@ def test_dcm2niix_puts_it_where_the_first_input_is(tmp_path: Path) -> None:
         images.append(nib.load(tmp_path / f"{name}.nii"))
     assert images[0].shape == images[1].shape
     np.testing.assert_allclose(images[1].affine, images[0].affine, atol=1e-4)
+
+
+def test_a_real_study(tmp_path: Path) -> None:
+    """T2 and FLAIR of different grids: grey and colour lie where T2 does, for whatever reads them."""
+    if not BRAINIX.is_dir():
+        pytest.skip(f"{BRAINIX} is not there: set SHARED_DATA to the folder that holds brainix-dicom")
+    item = LoadCased()({"image": [BRAINIX / "T2", BRAINIX / "FLAIR"], "case": "c"})
+    item["image"] = item["image"] / item["image"].amax(dim=(1, 2, 3), keepdim=True)
+    item["pred"] = item["image"][:1]
+    item = ColourMapd(colormap="hot")(item)
+    SaveDicomSeriesd(keys=("pred", "pred_colour"), output_dir=tmp_path, colormap="hot")(item)
+    for name in ("c_dicom", "c_dicom_colour"):
+        folder = tmp_path / "c" / name
+        for reader in ("ITKReader", "PydicomReader"):
+            affines = [LoadImage(reader=reader)(path).affine for path in (BRAINIX / "T2", folder)]
+            np.testing.assert_allclose(affines[1], affines[0], atol=1e-4)
+        original, derived = (gdcm_geometry(path) for path in (BRAINIX / "T2", folder))
+        np.testing.assert_allclose(derived, original, atol=1e-4)
+        assert_valid(folder / "0011.dcm")
+
+
+def gdcm_geometry(folder: Path) -> np.ndarray:
+    """Origin, spacing, direction and size as ITK's series reader has them."""
+    names = itk.GDCMSeriesFileNames.New(Directory=str(folder))
+    image = itk.imread(list(names.GetFileNames(names.GetSeriesUIDs()[0])))
+    parts = (image.GetOrigin(), image.GetSpacing(), itk.array_from_matrix(image.GetDirection()).ravel())
+    return np.concatenate([*(np.asarray(list(part)) for part in parts), itk.size(image)])

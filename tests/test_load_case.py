@@ -65,7 +65,8 @@ def test_the_second_series_comes_onto_the_grid_of_the_first(inputs: list[str], b
     np.testing.assert_array_equal(item["image"][0], brain["t2"])
     assert np.corrcoef(item["image"][1].numpy().ravel(), brain["flair"].ravel())[0, 1] > 0.9
     info = item["fusion_info"]
-    assert info["case"] == "c" and info["registration"] is None and info["warnings"] == []
+    assert info["case"] == "c" and info["registration"] is None and info["warnings"] == [] and info["resampled"]
+    assert not LoadCased()({"image": [inputs[0]] * 2})["fusion_info"]["resampled"]
     assert [(i["name"], i["modality"], i["shape"]) for i in info["inputs"]] == [
         ("MR 301", "MR", list(SHAPE)),
         ("MR 401", "MR", [30, 34, 16]),
@@ -193,8 +194,10 @@ def test_identities_are_not_mixed(inputs: list[str], brain: dict, tmp_path: Path
 
 
 def test_an_input_without_identity_is_told(inputs: list[str], brain: dict, tmp_path: Path) -> None:
-    file = save_nifti(tmp_path / "x.nii", brain["flair"], FINE)
-    assert "Only one input is DICOM" in LoadCased()({"image": [inputs[0], file]})["fusion_info"]["warnings"][0]
+    file = save_nifti(tmp_path / "John_Doe.nii", brain["flair"], FINE)
+    info = LoadCased()({"image": [inputs[0], file]})["fusion_info"]
+    assert "Only one input is DICOM" in info["warnings"][0]
+    assert info["inputs"][1]["name"] == ".nii file" and "John" not in str(info)
     series = [select_series(path) for path in inputs]
     assert check_same_identity(*series) is None
 

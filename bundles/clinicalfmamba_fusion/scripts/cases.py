@@ -25,9 +25,9 @@ from monai.engines import IterationEvents, SupervisedEvaluator
 from monai.transforms import Transform
 
 from scripts.data import case_name, common_name, dataset_root, find_pairs, replacing
+from scripts.dicom_cases import dicom_case, find_dicom_cases
 from scripts.dicom_series import is_dicom
 from scripts.errors import reason_of
-from scripts.identity import hashed_case
 from scripts.writers import CaseWriters
 
 __all__ = ["CaseDataset", "CaseEvaluator", "FinishCased", "find_cases"]
@@ -73,7 +73,7 @@ def find_cases(
     if input_a is not None or input_b is not None:
         cases = [_single(input_a, input_b, series)]
     else:
-        cases = [] if datalist is not None else _dicom_folders(dataset_root(dataset_dir), modalities, series)
+        cases = [] if datalist is not None else find_dicom_cases(dataset_root(dataset_dir), modalities, series)
         cases = cases or find_pairs(dataset_dir, modalities, datalist, split, same_shape=False)
     if finished is not None:
         folder, extension = Path(finished[0]), finished[1]
@@ -93,32 +93,9 @@ def _single(a: str | os.PathLike | None, b: str | os.PathLike | None, series: Se
         if file.is_dir() and not is_dicom(file):
             raise FileNotFoundError(f"{name} {file} holds no DICOM images: name a file, or a folder of DICOM files.")
     if any(is_dicom(file) for file in files):
-        return _dicom_case(files[0], files[1], series, "")
+        return dicom_case(files[0], files[1], series, "")
     case = case_name(common_name(files))
     return {"image": [str(file) for file in files], "case": case, "subject": case, "task": ""}
-
-
-def _dicom_case(a: Path, b: Path, series: Sequence[str | int | None], task: str) -> dict:
-    case = hashed_case(a, b, *series)
-    return {"image": [str(a), str(b)], "case": case, "subject": case, "task": task}
-
-
-def _dicom_folders(
-    root: Path, modalities: Sequence[str | Sequence[str]], series: Sequence[str | int | None]
-) -> list[dict]:
-    if None not in series:
-        studies = sorted(folder for folder in root.iterdir() if folder.is_dir() and is_dicom(folder))
-        return [_dicom_case(folder, folder, series, "") for folder in studies]
-    firsts, partners = ([names] if isinstance(names, str) else list(names) for names in modalities)
-    cases = []
-    for parent, subfolders, _ in os.walk(root):
-        subfolders.sort()
-        named = {name.lower(): Path(parent) / name for name in subfolders}
-        first = next((named[name.lower()] for name in firsts if name.lower() in named), None)
-        for name in partners if first is not None and is_dicom(first) else ():
-            if (partner := named.get(name.lower())) is not None and is_dicom(partner):
-                cases.append(_dicom_case(first, partner, series, name))  # type: ignore[arg-type]
-    return cases
 
 
 class CaseDataset(Dataset):

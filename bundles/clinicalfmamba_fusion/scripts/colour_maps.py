@@ -98,7 +98,7 @@ class ColourMapd(MapTransform):
         self,
         keys: KeysCollection = "pred",
         colormap: str = "hot",
-        colour_space: str = "ycbcr",
+        colour_space: str = "cielab",
         image_key: str = "image",
         chroma_key: str = "chroma",
         allow_missing_keys: bool = False,

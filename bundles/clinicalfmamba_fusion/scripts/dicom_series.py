@@ -15,12 +15,14 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pydicom
+import pydicom.config
+import pydicom.uid
 from monai.data import ImageReader, ITKReader, orientation_ras_lps
 from monai.utils import MetaKeys, SpaceKeys, optional_import
 from pydicom.dataset import Dataset
@@ -149,15 +151,21 @@ def _has_preamble(file: Path) -> bool:
 
 def read_header(file: str | os.PathLike, keywords: Sequence[str] | None = KEYWORDS) -> Dataset:
     """
-    Header of a DICOM file without its pixels: the given keywords, or with None all.
+    Header of a DICOM file without its pixels: the given keywords, or with None all. No warning and no log quotes it.
 
     Raises:
         ValueError: when the file is damaged.
     """
     try:
-        return pydicom.dcmread(file, stop_before_pixels=True, specific_tags=list(keywords) if keywords else None)
+        header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=list(keywords) if keywords else None)
     except (InvalidDicomError, OSError, EOFError, ValueError) as error:
         raise ValueError(f"{file} can not be read as DICOM: replace it, or take it out.") from error
+    # values are converted when they are first used, and what is not as it should be is quoted in warnings and logs
+    with pydicom.config.disable_value_validation():
+        for tag in header.keys():
+            with suppress(Exception):
+                header[tag]
+    return header
 
 
 def find_series(path: str | os.PathLike) -> list[DicomSeries]:
@@ -216,7 +224,8 @@ def select_series(path: str | os.PathLike, wanted: str | int | None = None) -> D
 
 def read_pixels(series: DicomSeries) -> tuple[np.ndarray, dict]:
     """
-    Read a series with ITK (GDCM), which decodes compressed transfer syntaxes and inverts MONOCHROME1. Every slice is
+    Read a series with ITK (GDCM), which decodes RLE, deflated, JPEG (baseline and lossless), JPEG-LS and JPEG 2000, and
+    inverts MONOCHROME1. Every slice is
     scaled by its own rescale slope and intercept; positron emission tomography becomes SUV where the header allows (see
     `suv_factor`).
 
@@ -233,7 +242,10 @@ def read_pixels(series: DicomSeries) -> tuple[np.ndarray, dict]:
     try:
         image = itk.imread(files if len(files) > 1 else files[0], pixel_type=None if colour else itk.F)
     except Exception as error:  # ITK raises RuntimeError, and its templates KeyError and others
-        raise ValueError(f"The pixels of {series.files[0]} can not be decoded: store them uncompressed.") from error
+        syntax = series.header.file_meta.get("TransferSyntaxUID", pydicom.uid.ImplicitVRLittleEndian).name
+        raise ValueError(
+            f"The pixels of {series.files[0]} ({syntax}) can not be decoded: store them uncompressed."
+        ) from error
     array, itk_meta = ITKReader().get_data(image)
     affine = itk_meta[MetaKeys.AFFINE] if "NumberOfFrames" in series.header else series.affine
     array = np.ascontiguousarray(array, dtype=np.float32)

@@ -38,12 +38,12 @@ from pydicom.uid import (
 from scripts.data import replacing_folder
 from scripts.dicom_series import read_header
 
-__all__ = ["SaveDicomSeriesd", "derive_series", "write_series"]
+__all__ = ["PRODUCT", "SaveDicomSeriesd", "complete_identity", "derive_series", "describe_fusion", "write_series"]
 
 PRODUCT = "ClinicalFMamba"
 GREY_BITS = 12
-# added to the number of the first input's series
-SERIES_NUMBER = 9000
+# added to the number of the first input's series, for the fused image and for the same in the colours of a map
+SERIES_NUMBER, COLOUR_SERIES_NUMBER = 9000, 9500
 # how far, in mm, the grid of a fused image may lie from where its first input's files put it
 TOLERANCE = 1e-2
 
@@ -89,6 +89,7 @@ def derive_series(
     version: str = "",
     resampled: bool = False,
     anonymise: bool = False,
+    colormap: str | None = None,
 ) -> list[FileDataset]:
     """
     Make one DICOM image per slice: patient, study, frame of reference and geometry of the first input, a new series,
@@ -103,6 +104,7 @@ def derive_series(
         version: of the software.
         resampled: whether the second input was resampled.
         anonymise: leave patient and study out, with new UIDs throughout and no reference to the inputs.
+        colormap: name of the map that coloured ``fused``, where one did; the series says so in number and description.
 
     Raises:
         ValueError: when ``fused`` is not on the grid of the first input.
@@ -112,6 +114,9 @@ def derive_series(
     slices = _geometry(first, volume.shape, affine)
     common = _common(first[0], second, volume.shape[0], version)
     common.DerivationDescription = description[:1024]
+    if colormap is not None:
+        common.SeriesNumber += COLOUR_SERIES_NUMBER - SERIES_NUMBER
+        common.SeriesDescription = f"{common.SeriesDescription} ({colormap})"[:64]
     if resampled:
         common.DerivationCodeSequence = DicomSequence([_code("113085", "Spatial resampling")])
     if anonymise:
@@ -121,9 +126,7 @@ def derive_series(
         image = _as_file(common, geometry)
         if not anonymise:
             # every slice of the second input may have its share in one of the first
-            image.SourceImageSequence = DicomSequence(
-                [_reference(header) for header in (first[min(index, len(first) - 1)], *second)]
-            )
+            _refer(image, [first[min(index, len(first) - 1)], *second])
         _set_pixels(image, volume[..., index])
         images.append(image)
     return images
@@ -167,6 +170,15 @@ def _geometry(headers: Sequence[Dataset], shape: Sequence[int], affine: np.ndarr
     return slices
 
 
+def complete_identity(header: Dataset) -> None:
+    """Leave empty what ``header`` must not lack, and a sex that DICOM does not know: anonymisers write such."""
+    for keyword in IDENTITY:
+        if keyword not in header:
+            setattr(header, keyword, "")
+    if header.PatientSex not in ("M", "F", "O"):
+        header.PatientSex = ""
+
+
 def _decimals(values: np.ndarray) -> list[str]:
     """Numbers in the 16 characters of a decimal string."""
     return [f"{value:.10f}"[:16] if abs(value) < 1e4 else f"{value:.8g}" for value in values]
@@ -178,9 +190,7 @@ def _common(reference: Dataset, second: Sequence[Dataset], channels: int, versio
     kind = reference.SOPClassUID if known else SecondaryCaptureImageStorage
     moment = datetime.now()
     common = _copy(reference, ("SpecificCharacterSet", *IDENTITY, *IDENTITY_IF_KNOWN, *ACQUISITION[kind]))
-    for keyword in IDENTITY:
-        if keyword not in common:
-            setattr(common, keyword, "")
+    complete_identity(common)
     for keyword, unknown in ACQUISITION[kind].items():
         # the pixels are no longer what the first input's rescaling makes of them
         if keyword not in common or keyword.startswith("Rescale"):
@@ -223,7 +233,7 @@ def _anonymise(common: Dataset) -> None:
     for keyword in ("SeriesDate", "SeriesTime", "InstanceCreationDate", "InstanceCreationTime"):
         delattr(common, keyword)
     common.ContentDate = common.ContentTime = ""
-    common.PatientName = common.PatientID = name
+    common.PatientName, common.PatientID = f"{name}^", name
     common.StudyInstanceUID = study
     if "FrameOfReferenceUID" in common:
         common.FrameOfReferenceUID = generate_uid(entropy_srcs=[str(common.FrameOfReferenceUID)])
@@ -276,25 +286,61 @@ def _code(value: str, meaning: str) -> Dataset:
     return code
 
 
-def _reference(header: Dataset) -> Dataset:
-    reference = Dataset()
-    reference.ReferencedSOPClassUID = header.SOPClassUID
-    reference.ReferencedSOPInstanceUID = header.SOPInstanceUID
+def _refer(image: Dataset, sources: Sequence[Dataset]) -> None:
+    """Name the images that ``image`` was made of, by themselves and, for who looks for them, by study and series."""
     purpose = _code("121322", "Source image for image processing operation")
-    reference.PurposeOfReferenceCodeSequence = DicomSequence([purpose])
-    return reference
+    image.SourceImageSequence = DicomSequence()
+    series: dict[tuple[str, str], list[Dataset]] = {}
+    for header in sources:
+        reference, named = Dataset(), Dataset()
+        for item in (reference, named):
+            item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = header.SOPClassUID, header.SOPInstanceUID
+        reference.PurposeOfReferenceCodeSequence = DicomSequence([purpose])
+        image.SourceImageSequence.append(reference)
+        series.setdefault((header.get("StudyInstanceUID", ""), header.SeriesInstanceUID), []).append(named)
+    own: list[Dataset] = []
+    others: dict[str, list[Dataset]] = {}
+    for (study, uid), instances in series.items():
+        item = Dataset()
+        item.SeriesInstanceUID, item.ReferencedInstanceSequence = uid, DicomSequence(instances)
+        (own if study == image.StudyInstanceUID else others.setdefault(study, [])).append(item)
+    image.ReferencedSeriesSequence = DicomSequence(own)
+    if others:
+        image.StudiesContainingOtherReferencedInstancesSequence = DicomSequence()
+        for study, items in others.items():
+            other = Dataset()
+            other.StudyInstanceUID, other.ReferencedSeriesSequence = study, DicomSequence(items)
+            image.StudiesContainingOtherReferencedInstancesSequence.append(other)
+
+
+def describe_fusion(names: Sequence[str], version: str, weights: str | None = None, registered: str = "") -> str:
+    """
+    What stands in a derived series as the derivation.
+
+    Args:
+        names: of the two inputs, such as modality and series number.
+        version: of the software.
+        weights: SHA-256 of the network's weights.
+        registered: how the second input was registered, if it was.
+    """
+    description = f"Fusion of {names[0]} and {names[1]} by {PRODUCT} {version}"
+    if registered:
+        description += f", the second registered ({registered})"
+    return description if weights is None else f"{description}, weights SHA-256 {weights}"
 
 
 class SaveDicomSeriesd(MapTransform):
     """
     Save ``<output_dir>/<case>/<case>_dicom``, see `derive_series`, for items whose first input is DICOM; others stay as
-    they are.
+    they are. What `ColourMapd` has coloured goes beside it as ``<case>_dicom_colour``, a series of its own.
 
     Args:
-        keys: keys of the fused images, ``(1, H, W[, D])`` or RGB ``(3, H, W[, D])``, in [0, 1].
+        keys: keys of the fused images, ``(1, H, W[, D])`` or RGB ``(3, H, W[, D])``, in [0, 1]; those that end in
+            ``_colour`` are in the colours of a map.
         output_dir: folder for the case folders.
         checkpoint: file with the network's weights, whose hash goes into the description.
         anonymise: leave patient and study out.
+        colormap: name of the map, see `ColourMapd`.
         info_key: what `LoadCased` has noted, as next.
         sources_key: see there.
         allow_missing_keys: do not raise when a key is missing.
@@ -306,6 +352,7 @@ class SaveDicomSeriesd(MapTransform):
         output_dir: str | os.PathLike = "./",
         checkpoint: str | os.PathLike | None = None,
         anonymise: bool = False,
+        colormap: str | None = None,
         info_key: str = "fusion_info",
         sources_key: str = "sources",
         allow_missing_keys: bool = False,
@@ -314,6 +361,7 @@ class SaveDicomSeriesd(MapTransform):
         self.output_dir = Path(output_dir)
         self.checkpoint = checkpoint
         self.anonymise = anonymise
+        self.colormap = colormap
         self.info_key = info_key
         self.sources_key = sources_key
 
@@ -325,23 +373,22 @@ class SaveDicomSeriesd(MapTransform):
         info = d[self.info_key]
         version = json.loads((Path(__file__).parents[1] / "configs" / "metadata.json").read_text())["version"]
         inputs = info["inputs"]
-        description = f"Fusion of {inputs[0]['name']} and {inputs[1]['name']} by {PRODUCT} {version}"
-        if info["registration"] is not None:
-            description += f", the second registered ({info['registration']['kind']})"
-        if self.checkpoint is not None:
-            description += f", weights SHA-256 {hashlib.sha256(Path(self.checkpoint).read_bytes()).hexdigest()}"
-        # a resampled image has another grid than it came with
-        moved = info["registration"] is not None or inputs[0]["shape"] != inputs[1]["shape"]
+        weights = None if self.checkpoint is None else hashlib.sha256(Path(self.checkpoint).read_bytes()).hexdigest()
+        registered = "" if info["registration"] is None else info["registration"]["kind"]
+        description = describe_fusion([i["name"] for i in inputs], version, weights, registered)
         for key in self.key_iterator(d):
             fused: MetaTensor = d[key]
+            mapped = str(key).endswith("_colour")
             images = derive_series(
                 fused.as_tensor().detach().cpu().float().numpy(),
                 fused.affine.cpu().numpy(),
                 sources,
-                description,
+                f"{description}, in the colours of {self.colormap}" if mapped else description,
                 version,
-                moved,
+                info["resampled"],
                 self.anonymise,
+                self.colormap if mapped else None,
             )
-            write_series(images, self.output_dir / info["case"] / f"{info['case']}_dicom")
+            name = f"{info['case']}_dicom{'_colour' if mapped else ''}"
+            write_series(images, self.output_dir / info["case"] / name)
         return d

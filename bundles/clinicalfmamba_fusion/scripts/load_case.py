@@ -29,6 +29,7 @@ from monai.utils import ImageMetaKey
 
 from scripts.data import PICTURES, stem
 from scripts.dicom_series import DicomSeries, is_dicom, read_pixels, select_series
+from scripts.grid import same_grid
 from scripts.identity import check_same_identity
 from scripts.match_grid import MatchGrid
 from scripts.registration import Alignment, save_transform
@@ -98,13 +99,16 @@ class LoadCase(LoadPair):
         if images[0].ndim != images[1].ndim:
             found = " and ".join(f"{file} {tuple(image.shape[1:])}" for file, image in zip(files, images))
             raise ValueError(f"One image of a pair is a slice, the other a volume: {found}.")
-        names = [s.label if s else name for s, name in zip(series, _names(files))]
+        # beside DICOM, a file is named by its kind alone: its name may be the patient's
+        named = [f"{file.name.removeprefix(stem(file))} file" for file in files] if any(series) else _names(files)
+        names = [s.label if s else name for s, name in zip(series, named)]
         info = _info(names, images, warnings)
         # a picture does not know where it lies
         if self.match.registration in ("auto", "none") and any(f.name.lower().endswith(PICTURES) for f in files):
             refuse_unequal_shapes(images, files)
         matched = self.match(images[1], images[0], same_frame)
         info["warnings"] += matched.warnings
+        info["resampled"] = matched.alignment is not None or not same_grid(images[1], images[0])
         meta = images[0].meta
         meta[INFO], meta[ALIGNMENT] = info, matched.alignment
         meta[SOURCES] = [[str(file) for file in s.files] if s else [] for s in series]
@@ -145,8 +149,8 @@ class LoadCased(LoadPaird):
 
     - ``fusion_info``: ``case``, ``inputs`` (for each ``name``, ``modality``, ``shape`` and ``spacing`` in mm, as it
       came, and ``units``), ``registration`` (``None``, or ``kind``, ``translation_mm``, ``rotation_deg``,
-      ``mutual_information`` and ``overlap`` before and after, ``transform_file``) and ``warnings``. Nothing in it comes
-      from the patient;
+      ``mutual_information`` and ``overlap`` before and after, ``transform_file``), ``resampled`` (whether the second
+      image had another grid) and ``warnings``. Nothing in it comes from the patient;
     - ``sources``: for each input its DICOM files in order, empty for other files, see `SaveDicomSeriesd`.
 
     Args:
@@ -248,7 +252,7 @@ def _info(names: Sequence[str], images: Sequence[MetaTensor], warnings: list[str
         }
         for name, image in zip(names, images)
     ]
-    return {"case": "", "inputs": inputs, "registration": None, "warnings": warnings}
+    return {"case": "", "inputs": inputs, "registration": None, "resampled": False, "warnings": warnings}
 
 
 def _names(files: Sequence[Path]) -> list[str]:

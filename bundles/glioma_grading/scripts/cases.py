@@ -22,11 +22,15 @@ from pathlib import Path
 from typing import Any
 
 from scripts.data import EXTENSIONS, SPLITS, dataset_root, find_pairs, read_datalist, stem
+from scripts.dicom_cases import dicom_case, find_dicom_cases
+from scripts.dicom_series import is_dicom
 
 __all__ = ["GRADES", "case_lists", "find_cases", "inference_cases", "to_label"]
 
 GRADES = ("LGG", "HGG")
 FUSED_SUFFIX = re.compile(r"^(.+)[_.-]fused$", re.IGNORECASE)
+# a folder that a fusion has named; other names of DICOM folders may tell who the patient is
+FUSED_SERIES = re.compile(r"^(case_[0-9a-f]{12})_dicom$")
 
 
 def to_label(grade: str | int) -> int:
@@ -112,21 +116,36 @@ def inference_cases(
     fused_files: bool = False,
 ) -> list[dict]:
     """
-    Cases to grade: the one of the two files ``input_a`` and ``input_b`` (of one fused file ``input_a``, where
-    ``fused_files`` is set), or all below ``dataset_dir``.
+    Cases to grade: the one of the two images ``input_a`` and ``input_b`` (of one fused image ``input_a``, where
+    ``fused_files`` is set), or all below ``dataset_dir``. An image is a file or a folder of DICOM files; the latter are
+    found as ``CASE/T2`` and ``CASE/FLAIR``, and their cases are named by a hash.
 
     Raises:
-        ValueError: when only one of two files is given.
+        ValueError: when only one of two images is given.
     """
     if input_a is None and input_b is None:
+        plain = fused_files or datalist is not None
+        if not plain and (cases := find_dicom_cases(dataset_root(dataset_dir), modalities)):
+            return cases
         lists = case_lists(dataset_dir, modalities, datalist, fused_files=fused_files, graded=False)
         return [case for cases in lists.values() for case in cases]
     if (input_b is None) != fused_files or input_a is None:
         wanted = "one fused image as input_a" if fused_files else "both images, input_a (T2) and input_b (FLAIR)"
         raise ValueError(f"Give {wanted}: a grade from anything less is none.")
     files = [os.path.abspath(file) for file in (input_a, input_b) if file is not None]
+    if any(is_dicom(file) for file in files):
+        return [_dicom_images([Path(file) for file in files])]
     lists = _checked(Path(files[0]).parent, {"test": [{"image": files if len(files) > 1 else files[0]}]})
     return [_without_suffix(case) for case in lists["test"]]
+
+
+def _dicom_images(files: Sequence[Path]) -> dict:
+    item = dicom_case(files[0], files[-1])
+    if len(files) > 1:
+        return item
+    written = FUSED_SERIES.match(files[0].name)
+    case = written[1] if written else item["case"]
+    return {"image": str(files[0]), "case": case, "subject": case}
 
 
 def _graded(case: dict, root: Path, table: Mapping[str, int], required: bool) -> dict:

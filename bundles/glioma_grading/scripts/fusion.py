@@ -50,6 +50,8 @@ __all__ = [
 PLAIN_SOURCES = ("t2", "flair", "t2_flair", "average", "maximum", "fused_files")
 # what a fused image depends on
 CONFIG_IDS = ("spatial_dims", "network_def", "preprocessing", "inferer")
+# what is kept of how the second image came onto the grid of the first
+NOTES = ("registered", "resampled")
 
 
 @contextmanager
@@ -134,7 +136,7 @@ class FusionBundle:
         self.parser = ConfigParser()
         self.parser.read_config(files)
         # also a network for slices gets volumes here, slice by slice
-        settings = {"bundle_root": str(self.bundle), "device": str(self.device), "input_dims": 3}
+        settings = {"bundle_root": str(self.bundle), "device": str(self.device), "input_dims": 3, "output_dir": None}
         self.parser.update({**settings, **(overrides or {})})
         self.weights = Path(weights if weights is not None else self.part("checkpoint"))
         if not self.weights.is_file():
@@ -209,7 +211,8 @@ class FuseModalitiesd(MapTransform):
     """
     Replace the file names of two co-registered images by their fused image ``(1, H, W[, D])``, a float32
     ``MetaTensor`` in [0, 1] at 256 levels, on the grid of the first image: what a run of the fusion bundle writes, up
-    to that rounding.
+    to that rounding. ``meta["registered"]`` says how the second image was registered, empty if it was not, and
+    ``meta["resampled"]`` whether it came from another grid.
 
     Nothing of the fusion bundle is loaded before an image is fused that is not in the cache. One thread fuses at a
     time. A data loader's worker can not use a GPU: with ``device`` a GPU, fuse in the main process, or call `prepare`
@@ -263,8 +266,9 @@ class FuseModalitiesd(MapTransform):
         d = dict(data)
         for key in self.key_iterator(d):
             files = [str(d[key])] if isinstance(d[key], (str, os.PathLike)) else [str(file) for file in d[key]]
-            fused, affine = self._fused(files)
-            meta = {"case": str(d.get("case") or stem(files[0])), "filename_or_obj": files[0]}
+            case = str(d.get("case") or stem(files[0]))
+            fused, affine, notes = self._fused(files, case)
+            meta = {"case": case, "filename_or_obj": files[0], **notes}
             d[key] = MetaTensor(torch.from_numpy(fused).float() / 255, affine=torch.from_numpy(affine), meta=meta)
         return d
 
@@ -275,20 +279,20 @@ class FuseModalitiesd(MapTransform):
         for item in tqdm(items, desc="fusing", leave=False):
             self(item)
 
-    def _fused(self, files: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Fused image, uint8, and its affine."""
+    def _fused(self, files: Sequence[str], case: str) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+        """Fused image, uint8, its affine, and ``registered`` and ``resampled``."""
         if self.cache_dir is None:
-            return self._fuse(files)
+            return self._fuse(files, case)
         path = self.cache_dir / f"{hashlib.sha256((self.digest + content_digest(*files)).encode()).hexdigest()}.npz"
         if not path.is_file():
-            image, affine = self._fuse(files)
+            image, affine, notes = self._fuse(files, case)
             with self._lock, replacing(path) as temporary:
-                np.savez_compressed(temporary, image=image, affine=affine)
-            return image, affine
+                np.savez_compressed(temporary, image=image, affine=affine, **notes)
+            return image, affine, notes
         with np.load(path) as cached:
-            return cached["image"], cached["affine"]
+            return cached["image"], cached["affine"], {name: cached[name].item() for name in NOTES}
 
-    def _fuse(self, files: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def _fuse(self, files: Sequence[str], case: str) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
         if self.fusion.device.type == "cuda" and get_worker_info() is not None:
             raise RuntimeError(
                 "An image would have to be fused on a GPU in a worker process of a data loader, which can not: set a"
@@ -303,9 +307,12 @@ class FuseModalitiesd(MapTransform):
                     "enabled": bool(self.fusion.part("amp", False)),
                     "dtype": self.fusion.part("amp_dtype", torch.bfloat16),
                 }
-            sources = self._preprocessing({"image": files if len(files) > 1 else files[0]})["image"]
+            item = self._preprocessing({"image": files if len(files) > 1 else files[0], "case": case})
+            sources, info = item["image"], json.loads(item.get("fusion_info", "{}"))
             affine = sources.affine.numpy() if isinstance(sources, MetaTensor) else np.eye(4)
             plain = sources.as_tensor()[None].to(self.fusion.device)
             with torch.autocast(**self._autocast):
                 fused = self._inferer(plain, self._network)[0]
-            return (to_eight_bit(fused) * 255).round().to(torch.uint8).cpu().numpy(), np.asarray(affine)
+            image = (to_eight_bit(fused) * 255).round().to(torch.uint8).cpu().numpy()
+            notes = ((info.get("registration") or {}).get("kind", ""), bool(info.get("resampled")))
+            return image, np.asarray(affine), dict(zip(NOTES, notes))

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -29,7 +30,6 @@ from monai.visualize import GradCAM
 
 from scripts.cases import GRADES
 from scripts.data import replacing
-from scripts.fusion import content_digest
 from scripts.quality import find_flags
 
 __all__ = ["NOTICE", "GradeWriter", "SaliencySaver"]
@@ -84,7 +84,7 @@ class GradeWriter:
 
     def _start(self, _engine: Engine) -> None:
         self.records = []
-        self._weights_name = f"{self.weights.name} {content_digest(self.weights)[:12]}"
+        self._weights_name = f"{self.weights.name} {hashlib.sha256(self.weights.read_bytes()).hexdigest()[:12]}"
 
     def __call__(self, engine: Engine) -> None:
         for item, output in zip(engine.state.batch, engine.state.output):

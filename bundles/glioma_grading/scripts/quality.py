@@ -24,8 +24,7 @@ from monai.transforms import MapTransform, ScaleIntensityRangePercentiles
 from tqdm import tqdm
 
 from scripts.slices import is_brain
-from scripts.sources import load_fused_file
-from scripts.transforms import LoadPair
+from scripts.sources import LoadImages, load_fused_file
 
 __all__ = ["DescribeInputd", "describe", "find_flags", "training_ranges"]
 
@@ -82,7 +81,7 @@ class DescribeInputd(MapTransform):
         super().__init__(keys)
         self.fused_files = fused_files
         self.quality_key = quality_key
-        self.load_pair = LoadPair()
+        self.load_pair = LoadImages()
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)

@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,16 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import LoadImage, MapTransform, ScaleIntensityRangePercentiles
+from monai.transforms import EnsureChannelFirst, LoadImage, MapTransform, ScaleIntensityRangePercentiles
 
 from scripts.data import stem
+from scripts.dicom_series import is_dicom, read_header, read_pixels, select_series
+from scripts.dicom_writer import PRODUCT
 from scripts.fusion import to_eight_bit
+from scripts.load_case import LoadCase
 from scripts.transforms import LoadPair
 
-__all__ = ["PAIR_SOURCES", "LoadSourced", "load_fused_file"]
+__all__ = ["PAIR_SOURCES", "LoadImages", "LoadSourced", "load_fused_file"]
 
 # of a pair (2, H, W[, D]) in [0, 1]
 PAIR_SOURCES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -38,20 +41,55 @@ PAIR_SOURCES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+class LoadImages(LoadPair):
+    """
+    `LoadPair` that also reads pairs of which an image is DICOM, a file or a folder: the second then comes onto the grid
+    of the first, and images of different patients are refused (`LoadCase`).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._load_dicom = LoadCase(spatial_dims=3)
+
+    def __call__(self, image: str | Path | Sequence[str | Path]) -> tuple[MetaTensor, torch.Tensor | None]:
+        files = [image] if isinstance(image, (str, Path)) else image
+        return self._load_dicom(image) if any(is_dicom(file) for file in files) else super().__call__(image)
+
+
 def load_fused_file(file: str | Path) -> MetaTensor:
     """
     A fused image that a fusion run has written, ``(1, H, W[, D])`` float32 in [0, 1] at 256 levels.
 
+    Args:
+        file: NIfTI or another file, or the folder of the DICOM series.
+
     Raises:
-        ValueError: when it has several channels (a fused image in colour).
+        ValueError: when it has several channels (a fused image in colour), or is a DICOM series of something else.
     """
-    image = LoadImage(ensure_channel_first=True, dtype=None)(file)
+    image, peak = _read_series(file) if is_dicom(file) else _read_file(file)
     if image.shape[0] != 1:
         raise ValueError(f"{file} has {image.shape[0]} channels: a fused image to be graded must be grey.")
-    # integers span their non-negative range, floats [0, 1]
-    peak = 1.0 if image.dtype.is_floating_point else float(torch.iinfo(image.dtype).max)
     values = to_eight_bit(image.as_tensor().float() / peak)
     return MetaTensor(values).copy_meta_from(image)  # type: ignore[return-value]
+
+
+def _read_file(file: str | Path) -> tuple[MetaTensor, float]:
+    """Image and the value that stands for 1: integers span their non-negative range, floats [0, 1]."""
+    image: MetaTensor = LoadImage(ensure_channel_first=True, dtype=None)(file)  # type: ignore[assignment]
+    return image, 1.0 if image.dtype.is_floating_point else float(torch.iinfo(image.dtype).max)
+
+
+def _read_series(folder: str | Path) -> tuple[MetaTensor, float]:
+    series = select_series(folder)
+    header = read_header(series.files[0], ("Manufacturer", "BitsStored"))
+    if header.get("Manufacturer") != PRODUCT:
+        raise ValueError(
+            f"{folder} is not a series that a fusion has written: name CASE_dicom of its output, or set source to what"
+            " the images are."
+        )
+    array, meta = read_pixels(series)
+    image: MetaTensor = EnsureChannelFirst()(MetaTensor(array, meta=meta))  # type: ignore[assignment]
+    return image, 2.0**header.BitsStored - 1
 
 
 class LoadSourced(MapTransform):
@@ -86,7 +124,7 @@ class LoadSourced(MapTransform):
             raise ValueError(f"source '{source}' is none of {', '.join(PAIR_SOURCES)}, fused_files: it needs `fuse`.")
         self.source = source
         self.fuse = fuse
-        self.load_pair = LoadPair()
+        self.load_pair = LoadImages()
         self.scale = ScaleIntensityRangePercentiles(lower, upper, b_min=0, b_max=1, clip=True, channel_wise=True)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:

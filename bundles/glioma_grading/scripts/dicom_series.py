@@ -1,0 +1,1 @@
+../../clinicalfmamba_fusion/scripts/dicom_series.py

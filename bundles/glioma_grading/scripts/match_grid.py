@@ -1,0 +1,1 @@
+../../clinicalfmamba_fusion/scripts/match_grid.py
