@@ -23,9 +23,7 @@ from monai.bundle import ConfigParser
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLES = [ROOT / "bundles" / name for name in ("clinicalfmamba_fusion", "glioma_grading")]
-TENSOR = {"type", "format", "num_channels", "spatial_shape", "dtype", "value_range"}
-OBJECTS = ("changelog", "eval_metrics", "supported_apps", "required_packages_version", "network_data_format")
-STRINGS = ("data_source", "data_type", "image_classes", "label_classes", "pred_classes", "intended_use", "task")
+SCHEMA = Path(__file__).parent / "metadata_schema.json"
 
 each_bundle = pytest.mark.parametrize("bundle", BUNDLES, ids=lambda path: path.name)
 
@@ -35,19 +33,46 @@ def read_metadata(bundle):
 
 
 @each_bundle
-def test_metadata_types(bundle):
-    """Those of the schema meta_schema_20240725.json."""
+def test_verify_metadata(bundle):
+    """Against requirements written for these tests: the schema that the metadata name is only to be downloaded."""
+    # MONAI takes the file that is there instead
+    monai.bundle.verify_metadata(str(bundle / "configs" / "metadata.json"), filepath=str(SCHEMA))
     meta = read_metadata(bundle)
-    assert meta["schema"].endswith("/meta_schema_20240725.json")
-    assert all(isinstance(meta[key], dict) for key in OBJECTS) and all(isinstance(meta[key], str) for key in STRINGS)
-    assert all(isinstance(reference, str) for reference in meta["references"])
-    assert meta["version"] in meta["changelog"]
-    assert all(isinstance(version, str) for version in meta["required_packages_version"].values())
-    formats = [value for key, value in meta.items() if key.endswith("_data_format")]
-    assert len(formats) == 2, "slices and volumes"
-    for tensors in (group for form in formats for group in (form["inputs"], form["outputs"])):
+    assert list(meta["changelog"])[0] == meta["version"], "the newest version comes first"
+    formats = {key: value for key, value in meta.items() if key.endswith("_data_format")}
+    assert list(formats) == ["network_data_format", "volume_data_format"]
+    for tensors in (group for form in formats.values() for group in (form["inputs"], form["outputs"])):
         for tensor in tensors.values():
-            assert TENSOR <= tensor.keys() and len(tensor["channel_def"]) == tensor["num_channels"]
+            assert [int(key) for key in tensor["channel_def"]] == list(range(tensor["num_channels"]))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"-copyright": None},
+        {"version": "1"},
+        {"references": ["a paper", 1]},
+        {"optional_packages_version": {}},
+        {"required_packages_version#torch": 2},
+        {"eval_metrics": {"mean_ssim": "0.7"}},
+        {"-volume_data_format#outputs": None},
+        {"network_data_format#inputs#image#num_channels": 0},
+        {"network_data_format#inputs#image#channel_def": ["MRI", "CT"]},
+        {"-network_data_format#outputs#pred#dtype": None},
+    ],
+    ids=str,
+)
+def test_verify_metadata_finds_mistakes(changes, tmp_path):
+    parser = ConfigParser(read_metadata(BUNDLES[0]))
+    for key, value in changes.items():
+        if key.startswith("-"):
+            parent, _, name = key[1:].rpartition("#")
+            del parser[parent][name]
+        else:
+            parser[key] = value
+    (tmp_path / "metadata.json").write_text(json.dumps(parser.config))
+    with pytest.raises(ValueError, match="Failed validating against schema"):
+        monai.bundle.verify_metadata(str(tmp_path / "metadata.json"), filepath=str(SCHEMA))
 
 
 @each_bundle

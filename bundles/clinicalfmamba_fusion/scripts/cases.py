@@ -146,8 +146,8 @@ class CaseEvaluator(SupervisedEvaluator):
     Evaluator that goes on with the next case after one has failed, be it in loading (see `CaseDataset`), in the network
     or in postprocessing. Failed cases stand in ``failed.csv`` (case, reason), from the moment on that they fail.
 
-    Of several processes, each with cases of its own or none, every one has such a file of its own, ``failed_<rank>.csv``,
-    until all are through; only then the run ends for any of them, since a launcher stops the others when one fails.
+    Of several processes, each with cases of its own or none, every one has its own file, ``failed_<rank>.csv``, until
+    all are through; only then the run ends for any of them, since a launcher stops the others when one fails.
 
     Args:
         args: as `monai.engines.SupervisedEvaluator`, as is ``kwargs``; the loader has batches of one case.
