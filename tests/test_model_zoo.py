@@ -14,6 +14,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import monai
@@ -105,3 +108,25 @@ def test_ckpt_export(bundle, volume, tmp_path):
     channels = read_metadata(bundle)["network_data_format"]["inputs"]["image"]["num_channels"]
     image = torch.rand(2, channels, *([33, 40, 17] if volume else [33, 40]))
     torch.testing.assert_close(torch.jit.load(tmp_path / "model.ts")(image), network(image), atol=1e-4, rtol=1e-4)
+
+
+CREATE = """
+import sys
+from monai.bundle import create_workflow
+
+root, part = sys.argv[1:]
+override = {"bundle_root": root, "device": "cpu", "output_dir": "elsewhere", f"inferer#{part}": 9}
+flow = create_workflow(config_file=f"{root}/configs/inference.json", workflow_type="infer", **override)
+print(type(flow).__name__, flow.device, flow.parser.get_parsed_content("output_dir"), getattr(flow.inferer, part))
+"""
+
+
+@each_bundle
+def test_create_workflow(bundle, tmp_path):
+    """From a folder that is not the bundle's, with parts of the config overridden."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    part = "flip" if bundle.name == "glioma_grading" else "max_voxels"
+    command = [sys.executable, "-c", CREATE, str(bundle), part]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.splitlines()[-1] == "ConfigWorkflow cpu elsewhere 9"
