@@ -34,13 +34,19 @@ SETTINGS = {
         **{"network_def#conv1_t_size": 3, "image_size": [48, 56], "num_slices": 4},
     },
 }
+SHORT = {"max_epochs": 1, "val_interval": 1}
+FOLDS = {"max_epochs": 1, "num_folds": 2, "batch_size": 4}
 TRAIN = {
-    FUSION: {"max_epochs": 1, "val_interval": 1, "crop_size": [32, 24]},
-    GRADING: {"max_epochs": 1, "num_folds": 2, "batch_size": 4, "scale_range": [0.0, 0.0], "translate_range": [2, 2]},
+    (FUSION, 2): {**SHORT, "crop_size": [32, 24]},
+    (FUSION, 3): {**SHORT, "crop_size": [16, 24, 8], "batch_size": 2},
+    (GRADING, 2): {**FOLDS, "scale_range": [0.0, 0.0], "translate_range": [2, 2]},
+    (GRADING, 3): {**FOLDS, "scale_range": [0.0, 0.0, 0.0], "translate_range": [2, 2, 0]},
 }
 PHANTOM = {
-    FUSION: ["--kind", "slices", "--subjects", "4", "--shape", "[48, 48]"],
-    GRADING: ["--num_patients", "18", "--seed", "100"],
+    (FUSION, 2): ["--kind", "slices", "--subjects", "4", "--shape", "[48, 48]"],
+    (FUSION, 3): ["--kind", "volumes", "--subjects", "4", "--shape", "[24, 20, 22]"],
+    (GRADING, 2): ["--num_patients", "18", "--seed", "100"],
+    (GRADING, 3): ["--num_patients", "18", "--seed", "100"],
 }
 RUN_PHANTOM = "import runpy, sys; sys.path.insert(0, '.'); runpy.run_module('scripts.phantom', run_name='__main__')"
 
@@ -56,9 +62,10 @@ def start(*words, cwd):
     return result.stdout
 
 
-def run(bundle, config, cwd, **settings):
+def run(bundle, configs, cwd, **settings):
+    files = [os.path.relpath(bundle / "configs" / f"{name}.json", cwd) for name in configs]
     words = ["-m", "monai.bundle", "run", "--bundle_root", os.path.relpath(bundle, cwd)]
-    words += ["--config_file", os.path.relpath(bundle / "configs" / config, cwd)]
+    words += ["--config_file", str(files)]
     for key, value in settings.items():
         words += [f"--{key}", str(value)]
     start(*words, cwd=cwd)
@@ -115,29 +122,37 @@ def test_too_large_a_file(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dims", [2, 3], ids=["2d", "3d"])
 @pytest.mark.parametrize("name", [FUSION, GRADING])
-def test_unpacked_alone(archives, tmp_path, name):
-    """With no `custom_nets` but its own, from its own folder and from elsewhere."""
+def test_unpacked_alone(archives, tmp_path, name, dims):
+    """Training, evaluation, inference, with no `custom_nets` but its own, from its own folder and from elsewhere."""
     with zipfile.ZipFile(archives[name]) as packed:
         packed.extractall(tmp_path)
     bundle, elsewhere = tmp_path / name, tmp_path / "elsewhere"
     elsewhere.mkdir()
     assert start("-c", "import importlib.util as u; print(u.find_spec('custom_nets'))", cwd=elsewhere) == "None\n"
-    start("-c", RUN_PHANTOM, "--output_dir", str(tmp_path / "data"), *PHANTOM[name], cwd=bundle)
+    start("-c", RUN_PHANTOM, "--output_dir", str(tmp_path / "data"), *PHANTOM[name, dims], cwd=bundle)
+    added = ["volume"] if dims == 3 else []
+    split = {FUSION: ("datalist", "trained/datalist.json"), GRADING: ("folds_file", "trained/folds.json")}[name]
     for cwd in (bundle, elsewhere):
         settings = {**SETTINGS[name], "dataset_dir": tmp_path / "data"}
-        run(bundle, "train.json", cwd, output_dir="trained", **settings, **TRAIN[name])
-        settings |= {"checkpoint": "trained/model.pt", "output_dir": "results"}
-        run(bundle, "inference.json", cwd, **settings)
-        assert any((cwd / "results").rglob("*_fused.png" if name == FUSION else "*.csv"))
+        run(bundle, ["train", *added], cwd, output_dir="trained", **settings, **TRAIN[name, dims])
+        settings |= {"checkpoint": "trained/model.pt"}
+        evaluate = {split[0]: split[1], "output_dir": "evaluated"}
+        run(bundle, ["train", "evaluate", *added], cwd, **settings, **evaluate)
+        assert (cwd / "evaluated" / "metrics.json").is_file()
+        run(bundle, ["inference", *added], cwd, output_dir="results", **settings)
+        assert any((cwd / "results").rglob("*_fused.*" if name == FUSION else "grades.csv"))
 
 
 @pytest.mark.slow
-def test_shipped_weights_unpacked_alone(archives, tmp_path):
+@pytest.mark.parametrize("dims", [2, 3], ids=["2d", "3d"])
+def test_shipped_weights_unpacked_alone(archives, tmp_path, dims):
     with zipfile.ZipFile(archives[FUSION]) as packed:
         packed.extractall(tmp_path)
-    arguments = ["--output_dir", str(tmp_path / "data"), "--kind", "slices", "--subjects", "1"]
+    kind = ["--kind", "slices"] if dims == 2 else ["--kind", "volumes", "--shape", "[32, 32, 32]"]
+    arguments = ["--output_dir", str(tmp_path / "data"), *kind, "--subjects", "1"]
     start("-c", RUN_PHANTOM, *arguments, cwd=tmp_path / FUSION)
-    settings = {"dataset_dir": tmp_path / "data" / "MRI-CT", "output_dir": "fused", "device": "cpu", "num_workers": 0}
-    run(tmp_path / FUSION, "inference.json", tmp_path, **settings)
-    assert len(list((tmp_path / "fused").rglob("*_fused.png"))) == 3
+    settings = {"dataset_dir": tmp_path / "data", "output_dir": "fused", "device": "cpu", "num_workers": 0}
+    run(tmp_path / FUSION, ["inference"] if dims == 2 else ["inference", "volume"], tmp_path, **settings)
+    assert len(list((tmp_path / "fused").rglob("*_fused.*"))) == (6 if dims == 2 else 1)

@@ -19,6 +19,8 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
+import torch
 from ignite.engine import Engine, Events
 from monai.data import Dataset
 from monai.engines import IterationEvents, SupervisedEvaluator
@@ -46,6 +48,8 @@ def find_cases(
     input_b: str | os.PathLike | None = None,
     series: Sequence[str | int | None] = (None, None),
     finished: tuple[str | os.PathLike, str] | None = None,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> list[dict]:
     """
     The cases to fuse: the one pair ``input_a`` and ``input_b``, or else all pairs below ``dataset_dir``. Besides what
@@ -62,23 +66,27 @@ def find_cases(
         input_b: file or folder of the second image.
         series: how to choose one series of the first and of the second input, see `select_series`.
         finished: output folder and extension (``".nii.gz"``); cases that have a fused image there are left out.
+        rank: number of this process.
+        world_size: number of processes; each gets every ``world_size``-th case. They are dealt out before the finished
+            ones are left out: what another process finishes meanwhile does not change whose the others are.
 
     Returns:
-        as `find_pairs`.
+        as `find_pairs`; for one of several processes it may be empty.
 
     Raises:
         FileNotFoundError: when an input does not exist, or as `find_pairs`.
-        ValueError: when only one input is given, all cases are finished, or as `find_pairs`.
+        ValueError: when only one input is given, all cases are finished and one process runs, or as `find_pairs`.
     """
     if input_a is not None or input_b is not None:
         cases = [_single(input_a, input_b, series)]
     else:
         cases = [] if datalist is not None else find_dicom_cases(dataset_root(dataset_dir), modalities, series)
         cases = cases or find_pairs(dataset_dir, modalities, datalist, split, same_shape=False)
+    cases = cases[rank::world_size]
     if finished is not None:
         folder, extension = Path(finished[0]), finished[1]
         cases = [c for c in cases if not (folder / c["case"] / f"{c['case']}_fused{extension}").exists()]
-        if not cases:
+        if not cases and world_size == 1:
             raise ValueError(f"All cases in {folder} are finished: set resume to false to fuse them again.")
     return cases
 
@@ -116,6 +124,9 @@ class CaseEvaluator(SupervisedEvaluator):
     Evaluator that goes on with the next case after one has failed, be it in loading (see `CaseDataset`), in the network
     or in postprocessing. Failed cases stand in ``failed.csv`` (case, reason), from the moment on that they fail.
 
+    Of several processes, each with cases of its own or none, every one has its own file, ``failed_<rank>.csv``, until
+    all are through; only then the run ends for any of them, since a launcher stops the others when one fails.
+
     Args:
         args: as `monai.engines.SupervisedEvaluator`, as is ``kwargs``; the loader has batches of one case.
         output_dir: folder of ``failed.csv``.
@@ -133,23 +144,23 @@ class CaseEvaluator(SupervisedEvaluator):
     def run(self) -> None:  # type: ignore[override]
         """
         Raises:
-            RuntimeError: at the end, when cases have failed.
+            RuntimeError: at the end, in every process, when cases have failed in any of them.
         """
         self.failures = []
-        (self.output_dir / FAILED).unlink(missing_ok=True)
+        self._tidy(FAILED, "failed_*.csv")
+        idist.barrier()
         try:
-            super().run()
+            if self.state.epoch_length:
+                super().run()
+            else:  # MONAI's engines leave out what the processes do together at the end
+                self.fire_event(Events.COMPLETED)
+            self._end()
         finally:
             if self._writers is not None:
                 # those that have begun end well, also after an interruption
                 self._note_written(self._writers.close())
-            shutil.rmtree(self.output_dir / PARTIAL, ignore_errors=True)
-        if self.failures:
-            case, reason = self.failures[0]
-            raise RuntimeError(
-                f"{len(self.failures)} of {self.state.iteration} cases failed, {self.output_dir / FAILED} lists them;"
-                f" {case}: {reason}"
-            )
+            if idist.get_world_size() == 1:
+                self._tidy()
 
     def _iteration(self, engine: Engine, batchdata: dict[str, Any]) -> dict:
         try:
@@ -185,8 +196,36 @@ class CaseEvaluator(SupervisedEvaluator):
 
     def _note(self, case: str, reason: str) -> None:
         self.failures.append((case, reason))
-        with replacing(self.output_dir / FAILED) as temporary, open(temporary, "w", newline="") as stream:
-            csv.writer(stream, lineterminator="\n").writerows([("case", "reason"), *self.failures])
+        several = idist.get_world_size() > 1
+        self._write(f"failed_{idist.get_rank()}.csv" if several else FAILED, self.failures)
+
+    def _end(self) -> None:
+        counts = (self.state.iteration, self.failures)
+        everywhere = [counts] * idist.get_world_size()
+        if len(everywhere) > 1:
+            torch.distributed.all_gather_object(everywhere, counts)
+        failures = sorted(failure for _, failed in everywhere for failure in failed)
+        if failures and idist.get_rank() == 0:
+            self._write(FAILED, failures)
+        self._tidy("failed_*.csv")
+        idist.barrier()
+        if failures:
+            (case, reason), number = failures[0], sum(number for number, _ in everywhere)
+            raise RuntimeError(
+                f"{len(failures)} of {number} cases failed, {self.output_dir / FAILED} lists them; {case}: {reason}"
+            )
+
+    def _write(self, name: str, failures: Sequence[tuple[str, str]]) -> None:
+        with replacing(self.output_dir / name) as temporary, open(temporary, "w", newline="") as stream:
+            csv.writer(stream, lineterminator="\n").writerows([("case", "reason"), *failures])
+
+    def _tidy(self, *patterns: str) -> None:
+        """Remove what is not finished, and the files of these names; one process does that for all."""
+        if idist.get_rank() == 0:
+            shutil.rmtree(self.output_dir / PARTIAL, ignore_errors=True)
+            for pattern in patterns:
+                for file in self.output_dir.glob(pattern):
+                    file.unlink()
 
 
 class FinishCased(Transform):

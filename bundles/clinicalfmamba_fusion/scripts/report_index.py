@@ -81,6 +81,6 @@ def write_index(output_dir: str | os.PathLike) -> None:
         except ValueError:
             warnings.warn(f"{path.name} is not valid JSON: its case is left out of the index. Fuse it again.")
     metrics = list(dict.fromkeys(name for record in records for name in record["metrics"]))
-    page = render("index.html", records=records, metrics=metrics, failed=(root / "failed.csv").is_file())
+    page = render("index.html", records=records, metrics=metrics, failed=any(root.glob("failed*.csv")))
     with replacing(root / "index.html") as temporary:
         temporary.write_text(page, encoding="utf-8")

@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import numpy as np
 import torch
 from monai.bundle import ConfigParser
@@ -273,10 +274,14 @@ class FuseModalitiesd(MapTransform):
         return d
 
     def prepare(self, items: Sequence[Mapping[Hashable, Any]]) -> None:
-        """Fuse what is not in the cache, in this process and with a progress bar. Can be interrupted and repeated."""
+        """
+        Fuse what is not in the cache, in this process and with a progress bar. Can be interrupted and repeated. Of
+        several processes each begins with a share of its own, and then finds what the others have fused meanwhile.
+        """
         if self.cache_dir is None:
             return
-        for item in tqdm(items, desc="fusing", leave=False):
+        first = len(items) * idist.get_rank() // idist.get_world_size()
+        for item in tqdm([*items[first:], *items[:first]], desc="fusing", leave=False, disable=idist.get_rank() > 0):
             self(item)
 
     def _fused(self, files: Sequence[str], case: str) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:

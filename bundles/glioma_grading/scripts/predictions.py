@@ -63,7 +63,7 @@ class PredictionCollector:
             self._values.append(torch.stack([label.cpu(), torch.as_tensor(output["pred"])[1].float().cpu()]))
 
     def __call__(self, engine: Engine) -> None:
-        names = string_list_all_gather(self._names)
+        names = string_list_all_gather(self._names, delimiter="\n")
         values = evenly_divisible_all_gather(torch.stack(self._values).to(idist.device())).cpu()
         if idist.get_rank() != 0:
             return
