@@ -149,7 +149,7 @@ def test_aot_inductor(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("volume", [False, True], ids=["2d", "3d"])
 def test_shipped_weights(volume, tmp_path):
-    """A case fused by ONNX Runtime alone equals what the bundle's inferer gives."""
+    """A case fused by ONNX Runtime alone equals what the bundle's inferer gives wherever a source shows anything."""
     shape = (48, 56, 40) if volume else (120, 100)
     write(str(tmp_path / "data"), kind="volumes" if volume else "slices", subjects=1, shape=shape)
     parser, network = shipped(volume)
@@ -159,7 +159,8 @@ def test_shipped_weights(volume, tmp_path):
     with torch.inference_mode():
         fused = parser.get_parsed_content("inferer")(image, network)
     path = export_network(network, tmp_path, "onnx")
-    torch.testing.assert_close(run_alone(path, [image], tmp_path)[0], fused, atol=TOLERANCE, rtol=0)
+    alone = run_alone(path, [image], tmp_path)[0] * (image > 0).any(1, keepdim=True)
+    torch.testing.assert_close(alone, fused, atol=TOLERANCE, rtol=0)
 
 
 def monai_export(bundle, folder, overrides, **arguments):

@@ -50,6 +50,13 @@ def test_whole_image_up_to_max_voxels(shape: tuple[int, ...]) -> None:
     assert torch.equal(fused, x.mean(1, keepdim=True)) and type(fused) is torch.Tensor
 
 
+def test_nothing_is_seen_where_no_source_shows_anything() -> None:
+    x = torch.rand(2, 2, 24, 33)
+    x[:, :, :9], x[0, 0, 9:12] = 0, 0
+    fused = FusionInferer(roi_size=8, max_voxels=1000)(x, lambda sources: sources.mean(1, keepdim=True) + 0.01)
+    assert (fused[:, :, :9] == 0).all() and (fused[:, :, 9:] > 0).all()
+
+
 @pytest.mark.parametrize("shape", [(2, 2, 24, 33), (1, 2, 16, 17, 18)])
 def test_windows_above(shape: tuple[int, ...]) -> None:
     x, network = torch.rand(shape), Mean()

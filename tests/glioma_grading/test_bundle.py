@@ -97,6 +97,12 @@ class TestLearning:
         evaluate(patients, learned, tmp_path, mask_suffix="seg", report=False)
         assert {r["slices"] for r in read_predictions(tmp_path / "predictions.csv")} == {"mask"}
 
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    def test_on_a_gpu(self, patients, tmp_path):
+        settings = TRAIN | LEARN | {"max_epochs": 1, "device": "cuda:0"}
+        run("train", dataset_dir=str(patients), output_dir=str(tmp_path), **settings)
+        assert 0 <= evaluate(patients, tmp_path, tmp_path / "evaluated", device="cuda:0") <= 1
+
     def test_what_a_run_writes(self, learned):
         files = [name for name in names(learned) if not name.startswith(("cache", "events"))]
         assert files == ["checkpoint_last.pt", "folds.json", "model.pt", "operating_point.json"]

@@ -34,9 +34,9 @@ SIGMA = 0.18
 class FusionInferer(Inferer):
     """
     Run a fusion network on the whole image up to ``max_voxels``. Above that, and where a GPU's memory ends, run it on
-    overlapping windows that are blended with Gaussian weights, and only on the box that holds anything: what both
-    sources leave empty around it is 0 in the fused image, too. The result keeps the metadata of the input, so that
-    every fused image of a batch is saved with its own affine and name.
+    overlapping windows that are blended with Gaussian weights, and only on the box that holds anything. Where all
+    sources are 0, so is the fused image. The result keeps the metadata of the input, so that every fused image of a
+    batch is saved with its own affine and name.
 
     A network for slices fuses volumes slice by slice along their last axis; all sizes are then those of a slice.
 
@@ -96,6 +96,8 @@ class FusionInferer(Inferer):
             fused = self._fuse(plain, network, *args, **kwargs)
         # half precision is the network's affair, what is measured and saved is not rounded to it
         fused = fused.to(plain.dtype).clamp(0, 1)
+        # a sigmoid leaves a trace where there is nothing to show, which SSIM takes for structure
+        fused = fused.masked_fill((plain <= 0).all(1, keepdim=True), 0)
         return MetaTensor(fused).copy_meta_from(inputs) if isinstance(inputs, MetaTensor) else fused
 
     def _fuse(
