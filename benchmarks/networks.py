@@ -51,6 +51,7 @@ from measuring import (
 from monai.bundle import ConfigParser, ConfigWorkflow
 from tqdm import tqdm
 
+from custom_nets.nets import prepare_for_inference
 from scripts.compiling import CompiledForward, channels_last
 from scripts.memory import keep_freed_memory
 from scripts.trainers import CUDAGraphTrainer
@@ -60,12 +61,16 @@ Case = tuple[int, Sequence[int]]
 
 @dataclass(frozen=True)
 class Setting:
-    """What a network is run with; ``compiled`` is nothing, what the bundle does (``scans``), or the ``whole``."""
+    """
+    What a network is run with; ``compiled`` is nothing, what the bundle does (``scans``), or the ``whole``;
+    ``prepared``, by `prepare_for_inference`, is for forward passes alone.
+    """
 
     name: str
     bfloat16: bool = False
     channels_last: bool = False
     compiled: str = ""
+    prepared: bool = False
 
 
 PLAIN = Setting("plain, float32")
@@ -75,13 +80,9 @@ SETTINGS = {
         Setting("bfloat16, channels last", True, True),
         Setting("bfloat16, channels last, CUDA graph, scans compiled", True, True, "scans"),
         Setting("bfloat16, channels last, CUDA graph, all compiled", True, True, "whole"),
+        Setting("bfloat16, prepared, CUDA graph, scans compiled", True, True, "scans", True),
     ],
-    "cpu": [
-        PLAIN,
-        Setting("channels last", False, True),
-        Setting("bfloat16", True, False),
-        Setting("bfloat16, channels last", True, True),
-    ],
+    "cpu": [PLAIN, Setting("prepared, float32", prepared=True), Setting("prepared, bfloat16", True, prepared=True)],
 }
 COMPILED_ON_CPU = Setting("compiled", compiled="whole")
 
@@ -106,6 +107,8 @@ def forward(case: Case, setting: Setting, device: torch.device, images: torch.Te
     network = load_network(len(case[1])).to(device)
     if setting.channels_last:
         channels_last(network)
+    if setting.prepared:
+        prepare_for_inference(network, torch.bfloat16 if setting.bfloat16 else torch.float32)
     if setting.compiled:
         network.forward = CompiledForward(network, whole=setting.compiled == "whole")
     inputs = images.to(device)
@@ -262,8 +265,8 @@ def main(
         run = {s: attempt(lambda s=s: forward(case, s, where, images, reference)) for s in settings}
         note("forward", case, run)
     for case in tqdm(training, desc="training"):
-        # the trainer has neither bfloat16 on a CPU nor more than the scans compiled
-        choice = [s for s in settings if s.compiled != "whole" and not (where.type == "cpu" and s.bfloat16)]
+        # the trainer has no more than the scans compiled
+        choice = [s for s in settings if s.compiled != "whole" and not s.prepared]
         run = {s: attempt(lambda s=s: training_step(case, s, where, configs, steps, skipped)) for s in choice}
         note(f"training step ({load_loss(configs, len(case[1])).__class__.__name__})", case, run)
     parts = [machine(where), markdown(["", "setting", "ms", "times as fast", "peak MiB", "mean difference"], rows)]

@@ -174,7 +174,8 @@ def test_fused_volume(server, bundles):
     infer(bundles / FUSION, "inference", "volume", output_dir=bundles / "fused", report=False)
     expected = nib.load(bundles / "fused" / "CASE" / "CASE_fused.nii.gz").get_fdata()
     assert answer.get_data_dtype() == np.uint8 and expected.max() > 200
-    np.testing.assert_allclose(answer.get_fdata(), expected, atol=1)
+    # bfloat16 where the CPU has it, in which the bundle's own run folds the batch norms and Label does not
+    np.testing.assert_allclose(answer.get_fdata(), expected, atol=3)
 
 
 def test_fused_slices(server, bundles):

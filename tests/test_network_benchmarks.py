@@ -102,7 +102,7 @@ def test_networks(tmp_path):
     )
     text, found = results(tmp_path, "networks")
     forward = [r for r in found["results"] if r["measured"] == "forward"]
-    assert [r["setting"] for r in forward] == ["plain, float32", "channels last", "bfloat16", "bfloat16, channels last"]
+    assert [r["setting"] for r in forward] == ["plain, float32", "prepared, float32", "prepared, bfloat16"]
     assert forward[0]["difference"] == 0 and forward[1]["difference"] < 1e-4
     assert all(0 < r["difference"] < 5e-3 for r in forward[2:])
     assert all(r["seconds"] > 0 for r in found["results"])

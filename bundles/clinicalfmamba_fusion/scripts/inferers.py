@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -51,6 +52,8 @@ class FusionInferer(Inferer):
         progress: show a progress bar over the windows.
         spatial_dims: of the network, 2 or 3; without it, inputs are taken to have as many.
         slice_batch: number of a volume's slices that the network takes at once.
+        amp_dtype: half precision in which the network runs by autocast, on any kind of device (MONAI's engines know
+            that of GPUs only); without it, it runs as its surroundings say.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class FusionInferer(Inferer):
         progress: bool = False,
         spatial_dims: int | None = None,
         slice_batch: int = 16,
+        amp_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.roi_size = roi_size
@@ -73,6 +77,7 @@ class FusionInferer(Inferer):
         self.progress = progress
         self.spatial_dims = spatial_dims
         self.slice_batch = slice_batch
+        self.amp_dtype = amp_dtype
 
     def __call__(
         self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
@@ -88,12 +93,13 @@ class FusionInferer(Inferer):
         """
         # every operation of a network on a MetaTensor costs a dispatch in Python
         plain = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
-        if self.spatial_dims is not None and plain.ndim == self.spatial_dims + 3:
-            slices = plain.movedim(-1, 1).flatten(0, 1).split(self.slice_batch)
-            joined = torch.cat([self._fuse(batch, network, *args, **kwargs) for batch in slices])
-            fused = joined.unflatten(0, (len(plain), -1)).movedim(1, -1)
-        else:
-            fused = self._fuse(plain, network, *args, **kwargs)
+        with torch.autocast(plain.device.type, self.amp_dtype) if self.amp_dtype else nullcontext():
+            if self.spatial_dims is not None and plain.ndim == self.spatial_dims + 3:
+                slices = plain.movedim(-1, 1).flatten(0, 1).split(self.slice_batch)
+                joined = torch.cat([self._fuse(batch, network, *args, **kwargs) for batch in slices])
+                fused = joined.unflatten(0, (len(plain), -1)).movedim(1, -1)
+            else:
+                fused = self._fuse(plain, network, *args, **kwargs)
         # half precision is the network's affair, what is measured and saved is not rounded to it
         fused = fused.to(plain.dtype).clamp(0, 1)
         # a sigmoid leaves a trace where there is nothing to show, which SSIM takes for structure

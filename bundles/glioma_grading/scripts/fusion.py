@@ -307,17 +307,11 @@ class FuseModalitiesd(MapTransform):
             if self._network is None:
                 self._network = self.fusion.load_network()
                 self._preprocessing, self._inferer = (self.fusion.part(n) for n in ("preprocessing", "inferer"))
-                self._autocast = {
-                    "device_type": self.fusion.device.type,
-                    "enabled": bool(self.fusion.part("amp", False)),
-                    "dtype": self.fusion.part("amp_dtype", torch.bfloat16),
-                }
             item = self._preprocessing({"image": files if len(files) > 1 else files[0], "case": case})
             sources, info = item["image"], json.loads(item.get("fusion_info", "{}"))
             affine = sources.affine.numpy() if isinstance(sources, MetaTensor) else np.eye(4)
             plain = sources.as_tensor()[None].to(self.fusion.device)
-            with torch.autocast(**self._autocast):
-                fused = self._inferer(plain, self._network)[0]
+            fused = self._inferer(plain, self._network)[0]
             image = (to_eight_bit(fused) * 255).round().to(torch.uint8).cpu().numpy()
             notes = ((info.get("registration") or {}).get("kind", ""), bool(info.get("resampled")))
             return image, np.asarray(affine), dict(zip(NOTES, notes))
