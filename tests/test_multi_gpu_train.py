@@ -86,7 +86,8 @@ def test_same_curve_as_one_process_with_twice_the_batch(tmp_path):
     (expected,), (validated,) = train([], ["train"], tmp_path / "one", **data, **ONE, batch_size=4)
     steps, validations = train(TORCHRUN, ["train", "multi_gpu_train"], tmp_path / "two", **data, **TWO, batch_size=2)
 
-    assert len(expected) == 3 * 3 and len(steps) == 2 and expected[-1] < 0.97 * expected[0], "it learns"
+    assert len(expected) == 3 * 3 and len(steps) == 2
+    assert all(last < 0.99 * first for first, last in zip(expected[:3], expected[-3:])), "it learns from every batch"
     assert not np.allclose(*steps, rtol=0.01), "each process has cases of its own"
     np.testing.assert_allclose(np.mean(steps, axis=0), expected, rtol=1e-3)
     for ranks in validations:
