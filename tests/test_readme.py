@@ -50,7 +50,7 @@ def bundle_commands(readme):
     """Commands that run a bundle on one machine without a GPU: the lines of bash as they stand, joined."""
     lines = "\n".join(blocks(readme, "bash")).replace("\\\n", "").splitlines()
     start = re.compile(r"(python -m monai\.bundle run|python -m scripts\.phantom|torchrun --standalone) ")
-    return [line for line in lines if start.match(line) and "cuda_graph" not in line]
+    return [line for line in lines if start.match(line) and "--compile True" not in line]
 
 
 def run_all(commands, cwd, paths, shorten):
