@@ -155,11 +155,14 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])
 
 
-def write_results(output_dir: str | os.PathLike, name: str, parts: Sequence[str], records: Any) -> None:
+def write_results(
+    output_dir: str | os.PathLike, name: str, parts: Sequence[str], records: Any, show: bool = True
+) -> None:
     """Write ``name.md``, whose parts are divided by empty lines, and ``name.json``, and print the first."""
     text = "\n\n".join(parts) + "\n"
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.md").write_text(text, encoding="utf-8")
     (folder / f"{name}.json").write_text(json.dumps(records, indent=4) + "\n", encoding="utf-8")
-    print(text)
+    if show:
+        print(text)

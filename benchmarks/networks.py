@@ -79,12 +79,14 @@ SETTINGS = {
         PLAIN,
         Setting("bfloat16, channels last", True, True),
         Setting("bfloat16, channels last, CUDA graph, scans compiled", True, True, "scans"),
-        Setting("bfloat16, channels last, CUDA graph, all compiled", True, True, "whole"),
         Setting("bfloat16, prepared, CUDA graph, scans compiled", True, True, "scans", True),
     ],
     "cpu": [PLAIN, Setting("prepared, float32", prepared=True), Setting("prepared, bfloat16", True, prepared=True)],
 }
-COMPILED_ON_CPU = Setting("compiled", compiled="whole")
+WHOLE = {
+    "cuda": Setting("bfloat16, channels last, CUDA graph, all compiled", True, True, "whole"),
+    "cpu": Setting("compiled", compiled="whole"),
+}
 
 
 def title(case: Case) -> str:
@@ -235,7 +237,7 @@ def main(
     configs: Sequence[str] = (),
     steps: int = 20,
     workers: int = 2,
-    compile_on_cpu: bool = False,
+    whole: bool | None = None,
 ) -> None:
     """
     Args:
@@ -247,18 +249,27 @@ def main(
         configs: configs of the bundle that change the loss of the training steps.
         steps: training steps, of which the first five are not counted.
         workers: processes that load.
-        compile_on_cpu: compile the network on a CPU, too, which takes minutes for each case.
+        whole: compile the whole network, too, which takes a minute for each case, on a CPU minutes; by default on a GPU.
     """
     where = torch.device(device)
     if where.type == "cpu":
         keep_freed_memory()
-    settings = SETTINGS[where.type] + ([COMPILED_ON_CPU] if compile_on_cpu and where.type == "cpu" else [])
+    settings = list(SETTINGS[where.type])
+    if whole or (whole is None and where.type == "cuda"):
+        settings.append(WHOLE[where.type])
     skipped = min(5, steps - 1)
     rows, records = [], []
+
+    def table() -> list[str]:
+        return [machine(where), markdown(["", "setting", "ms", "times as fast", "peak MiB", "mean difference"], rows)]
+
+    def write(parts: Sequence[str], show: bool = False) -> None:
+        write_results(output_dir, "networks", parts, {"machine": machine(where), "results": records}, show)
 
     def note(kind: str, case: Case, found: dict[Setting, dict[str, Any]]) -> None:
         rows.extend(compare(f"{kind} {title(case)}", found))
         records.extend({"measured": kind, "case": title(case), "setting": s.name, **v} for s, v in found.items())
+        write(table())  # a run that is stopped has measured something
 
     for case in tqdm(cases, desc="forward"):
         images, reference = phantom_pair(*case), []
@@ -269,7 +280,7 @@ def main(
         choice = [s for s in settings if s.compiled != "whole" and not s.prepared]
         run = {s: attempt(lambda s=s: training_step(case, s, where, configs, steps, skipped)) for s in choice}
         note(f"training step ({load_loss(configs, len(case[1])).__class__.__name__})", case, run)
-    parts = [machine(where), markdown(["", "setting", "ms", "times as fast", "peak MiB", "mean difference"], rows)]
+    parts = table()
     if loading is not None:
         found = with_loading(loading, where, 3 * steps, skipped, workers, where.type == "cuda")
         records.append({"measured": "training with data loading", "case": title(loading), "workers": workers, **found})
@@ -277,7 +288,7 @@ def main(
             f"Training with data loading, {title(loading)}, {workers} workers: {found['images_per_second']:.2f} images"
             f" a second, {100 * found['waiting']:.0f} % of the time waiting for data."
         )
-    write_results(output_dir, "networks", parts, {"machine": machine(where), "results": records})
+    write(parts, show=True)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,8 @@ def shipped(volume):
     configs = ["inference", "volume"] if volume else ["inference"]
     parser = ConfigParser()
     parser.read_config([str(FUSION / "configs" / f"{name}.json") for name in configs])
-    parser["bundle_root"], parser["device"], parser["num_workers"] = str(FUSION), "cpu", 0
+    # in float32, which exported networks compute in, also where this machine fuses in bfloat16
+    parser.update({"bundle_root": str(FUSION), "device": "cpu", "num_workers": 0, "amp": False})
     network = parser.get_parsed_content("network").eval()
     network.load_state_dict(torch.load(parser.get_parsed_content("checkpoint"), weights_only=True))
     return parser, network

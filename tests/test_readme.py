@@ -152,7 +152,7 @@ def test_commands_of_the_grading_bundle(project, data):
     ]
     subprocess.run(make, cwd=bundle, env=ENVIRONMENT, check=True, capture_output=True)
     case = bundle / "patients" / "HGG" / "glioma_100"
-    places = {"/path/to/brats": bundle / "patients", "/path/to/cases": bundle / "patients" / "LGG"}
+    places = {**paths(data), "/path/to/brats": bundle / "patients", "/path/to/cases": bundle / "patients" / "LGG"}
     places |= {f"CASE_{name}.nii.gz": case / f"glioma_100_{name}.nii.gz" for name in ("t2", "flair")}
     run_all(commands, bundle, places, shorten_grading)
 

@@ -121,7 +121,8 @@ class BestModelSaver:
     def __call__(self, engine: Engine) -> None:
         # MONAI's evaluators compare before any handler is called
         if engine.state.best_metric_epoch == engine.state.epoch and idist.get_rank() == 0:
-            _save(_unwrap(self.network).state_dict(), self.path)
+            # on the CPU, so that the file loads on machines without this one's GPU
+            _save({name: value.cpu() for name, value in _unwrap(self.network).state_dict().items()}, self.path)
 
     def state_dict(self) -> dict[str, float]:
         state = self._attached().state
