@@ -55,16 +55,17 @@ def test_the_same_outputs(dims, strides, weights, size):
 @pytest.mark.parametrize("dims, strides, weights, size", CASES)
 @torch.no_grad()
 def test_weights_in_half_precision(dims, strides, weights, size):
-    """No weight is cast under autocast, and the outputs are those of autocast."""
+    """No weight is cast under autocast, and the outputs are as good as those of autocast, also of a black background."""
+    torch.manual_seed(0)
     network, image = trained(dims, strides, weights), torch.rand(1, 2, *size)
+    image[..., : size[-1] // 2] = 0
     exact = network(image)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = network(image)
         fused = prepare_for_inference(network, torch.bfloat16)(image)
     halves = [p for p in network.parameters() if p.dtype == torch.bfloat16]
     assert sum(p.numel() for p in halves) > 0.9 * sum(p.numel() for p in network.parameters())
-    assert (fused - exact).abs().mean() < 5e-3
-    assert (fused - exact).abs().mean() < 1.5 * (expected - exact).abs().mean()
+    assert (fused - exact).abs().mean() < 1.3 * (expected - exact).abs().mean()
 
 
 @torch.no_grad()

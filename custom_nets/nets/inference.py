@@ -37,9 +37,9 @@ def prepare_for_inference(network: Network, dtype: torch.dtype = torch.float32) 
     Change a trained network in place so that it computes the same outputs in less time. It goes to evaluation mode for
     good: its state dict is no longer that of its class, and it is not to be trained.
 
-    Batch norms beside a convolution are folded into it, where that is exact: those behind one, and those before one
-    without padding. (A padded convolution sees zeros around the image that the batch norm has not shifted.) The taps of
-    upsampling convolutions are added up once, and weights of convolutions lie channels last.
+    Batch norms beside a convolution are folded into it, where that is exact: those behind one and, in float32, those
+    before one without padding. (A padded convolution sees zeros around the image that the batch norm has not shifted.)
+    The taps of upsampling convolutions are added up once, and weights of convolutions lie channels last.
 
     Args:
         network: on any device, with its trained weights.
@@ -52,7 +52,7 @@ def prepare_for_inference(network: Network, dtype: torch.dtype = torch.float32) 
     network.eval()
     for module in [*network.modules()]:
         if isinstance(module, nn.Sequential):
-            _fold_batch_norms(module)
+            _fold_batch_norms(module, dtype)
     for module in network.modules():
         _cast(module, dtype)
         if isinstance(module, _CONVS):
@@ -61,7 +61,7 @@ def prepare_for_inference(network: Network, dtype: torch.dtype = torch.float32) 
     return network.requires_grad_(False)
 
 
-def _fold_batch_norms(sequence: nn.Sequential) -> None:
+def _fold_batch_norms(sequence: nn.Sequential, dtype: torch.dtype) -> None:
     for name, part in sequence.named_children():
         if isinstance(part, UpsampledConv):
             setattr(sequence, name, _transposed_conv(part))
@@ -70,8 +70,10 @@ def _fold_batch_norms(sequence: nn.Sequential) -> None:
             _fold_into_previous(part, next_part)
             setattr(sequence, next_name, nn.Identity())
         elif isinstance(part, _BATCH_NORMS) and isinstance(next_part, _CONVS[:2]) and not any(next_part.padding):
-            _fold_into_next(part, next_part)
-            setattr(sequence, name, nn.Identity())
+            # folded, the convolution takes the difference of large numbers: too coarse in half precision
+            if dtype == torch.float32:
+                _fold_into_next(part, next_part)
+                setattr(sequence, name, nn.Identity())
 
 
 def _transposed_conv(part: UpsampledConv) -> nn.Module:

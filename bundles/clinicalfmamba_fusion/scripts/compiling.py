@@ -25,6 +25,8 @@ __all__ = ["CompiledForward", "ScanCompiler", "channels_last", "prepare_network"
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
+RECOMPILE_LIMIT = 64
+
 Call = Callable[..., torch.Tensor]
 
 
@@ -194,7 +196,9 @@ def _compiled(network: torch.nn.Module) -> Iterator[None]:
     for module in modules:
         module.forward = torch.compile(module.forward, dynamic=False)  # type: ignore[method-assign]
     try:
-        yield
+        # all modules share one limit, and each shape that is recorded takes some of it
+        with torch._dynamo.config.patch(cache_size_limit=RECOMPILE_LIMIT):
+            yield
     finally:
         for module in modules:
             del module.forward
