@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -30,14 +31,19 @@ SMALL = {"label": "small", "network_def#channels": [8, 8, 16], "network_def#late
 SETTINGS = {"device": "cpu", "num_workers": 0, "crop_size": [32, 32], "max_epochs": 1, "steps": 5, "draws": 2}
 
 
-@pytest.fixture(scope="module")
-def table():
+def load(name):
     path = list(sys.path)
-    spec = importlib.util.spec_from_file_location("fusion_table", BENCHMARKS / "fusion_table.py")
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(BENCHMARKS))
     spec.loader.exec_module(module)
     sys.path[:] = path
     return module
+
+
+@pytest.fixture(scope="module")
+def table():
+    return load("fusion_table")
 
 
 @pytest.fixture(scope="module")
@@ -240,3 +246,27 @@ def test_draws_that_can_not_be():
         disjoint_draws(pairs, draws=6)
     with pytest.raises(ValueError, match="split_by"):
         disjoint_draws(pairs, split_by="patient")
+
+
+def test_lists_to_train_on(slices, tmp_path):
+    """What the tables test does not train, in any task and dimension."""
+    shutil.copytree(slices, tmp_path / "slices")
+    for name, other in (("MRI", "MRI"), ("SPECT", "PET")):
+        shutil.copytree(Path(slices) / "MRI-PET" / other, tmp_path / "slices" / "MRI-SPECT" / name)
+    write(str(tmp_path / "brats"), kind="volumes", subjects=6, shape=(24, 24, 12))
+    stacks = tmp_path / "stacks"
+    stacks.mkdir()
+    for name, other in (("mri", "t2"), ("pet", "flair")):
+        (first, *_) = sorted((tmp_path / "brats").rglob(f"*_{other}.nii.gz"))
+        (stacks / f"7_{name}.nii.gz").write_bytes(first.read_bytes())
+    main = load("training_lists").main
+    main(str(tmp_path / "slices"), str(tmp_path / "brats"), str(tmp_path / "lists"), str(stacks), volumes_tested=0.3)
+    tasks = {"slices": {"mri-ct", "mri-spect", "mri-pet", "t2-flair-2d"}, "volumes": {"t2-flair-3d", "mri-pet"}}
+    for name, expected in tasks.items():
+        lists = json.loads((tmp_path / "lists" / f"{name}.json").read_text())
+        trained = {(pair["task"], pair["subject"]) for pair in lists["training"]}
+        assert {task for task, _ in trained} == expected
+        assert len({pair["case"] for pair in lists["training"]}) == len(lists["training"])
+        for task in expected - {"mri-pet"} if name == "volumes" else expected:
+            draw = json.loads((tmp_path / "lists" / task / "draw0.json").read_text())
+            assert draw["test"] and not {(task, pair["subject"]) for pair in draw["test"]} & trained

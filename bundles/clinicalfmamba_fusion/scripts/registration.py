@@ -44,9 +44,9 @@ KINDS = ("rigid", "affine")
 LEVELS = {2: (1 / 64, 1 / 128, 1 / 256), 3: (1 / 32, 1 / 64, 1 / 128)}
 COMPARED = {2: 1 / 128, 3: 1 / 32}
 BINS = 32
-ITERATIONS = 50
+ITERATIONS = 100
 # of the samples on a level, at most so many are drawn
-SAMPLES = 50_000
+SAMPLES = 150_000
 # first guesses of the rotation about each axis, in degrees, and how many of the best are followed
 GUESSES = (-20.0, -10.0, 0.0, 10.0, 20.0)
 FOLLOWED = 5
@@ -196,10 +196,12 @@ def _optimise(fixed: itk.Image, moving: itk.Image, transform: itk.Transform, spa
     """Move ``transform`` to the nearest maximum of the mutual information."""
     types = (type(fixed), type(moving))
     metric = itk.MattesMutualInformationImageToImageMetricv4[types].New(NumberOfHistogramBins=BINS)
+    # several threads add up in any order, and small differences lead elsewhere where the maximum is flat
+    metric.SetMaximumNumberOfWorkUnits(1)
     optimiser = itk.ConjugateGradientLineSearchOptimizerv4Template[itk.D].New(
         NumberOfIterations=ITERATIONS,
-        MinimumConvergenceValue=1e-5,
-        ConvergenceWindowSize=5,
+        MinimumConvergenceValue=1e-6,
+        ConvergenceWindowSize=10,
         LowerLimit=0,
         UpperLimit=2,
         Epsilon=0.2,
