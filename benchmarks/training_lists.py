@@ -9,8 +9,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Data lists to train the weights that ship, for slices and for volumes: all cases that the first draw of
-`fusion_table.py` does not test, of every task together, so that its tables may load these weights.
+Data lists to train one network for all tasks, for slices and for volumes: every subject that the first draw of
+`fusion_table.py` does not test in any task, so that its tables may load these weights.
 
     python benchmarks/training_lists.py --aanlib AANLIB --brats BRATS --stacks PET_STACKS --output_dir lists
 
@@ -57,14 +57,20 @@ def main(
         volumes_tested: its ``test_fraction`` for ``--task t2-flair-3d``.
     """
     folder = Path(output_dir).absolute()
-    lists: dict[int, dict[str, list]] = {dims: {"training": [], "validation": []} for dims in (2, 3)}
+    draws: dict[str, dict[str, list]] = {}
     for task, (names, dims) in TASKS.items():
         (folder / task).mkdir(parents=True, exist_ok=True)
         data = str(Path(brats if names == T2_FLAIR else aanlib).absolute())
         fraction = volumes_tested if dims == 3 else 0.2
-        _, draw = prepare_draws(task, data, folder / task, 1, fraction, "subject", slices_per_case, {})[0]
-        lists[dims]["training"] += named(draw["training"], task)
-        lists[dims]["validation"] += named(draw["test"][::VALIDATED], task)
+        draws[task] = prepare_draws(task, data, folder / task, 1, fraction, "subject", slices_per_case, {})[0][1]
+    lists: dict[int, dict[str, list]] = {dims: {"training": [], "validation": []} for dims in (2, 3)}
+    for dims, found in lists.items():
+        tasks = {task: draws[task] for task in draws if TASKS[task][1] == dims}
+        # one MRI may be paired with CT and with SPECT: whoever is tested in one task must not train in another
+        tested = {pair["subject"] for draw in tasks.values() for pair in draw["test"]}
+        for task, draw in tasks.items():
+            found["training"] += named([pair for pair in draw["training"] if pair["subject"] not in tested], task)
+            found["validation"] += named(draw["test"][::VALIDATED], task)
     if stacks is not None:
         lists[3]["training"] += named(find_pairs(Path(stacks).absolute(), ["MRI", "PET"]), "mri-pet")
     for name, dims in (("slices", 2), ("volumes", 3)):

@@ -269,4 +269,4 @@ def test_lists_to_train_on(slices, tmp_path):
         assert len({pair["case"] for pair in lists["training"]}) == len(lists["training"])
         for task in expected - {"mri-pet"} if name == "volumes" else expected:
             draw = json.loads((tmp_path / "lists" / task / "draw0.json").read_text())
-            assert draw["test"] and not {(task, pair["subject"]) for pair in draw["test"]} & trained
+            assert draw["test"] and not {pair["subject"] for pair in draw["test"]} & {subject for _, subject in trained}
