@@ -20,6 +20,7 @@ torch, MONAI, pytorch-ignite, nibabel, Pillow and fire.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import multiprocessing
@@ -33,6 +34,7 @@ from typing import Any
 import fire
 import numpy as np
 import torch
+import torch._dynamo
 from PIL import Image
 from tqdm import tqdm
 
@@ -313,32 +315,39 @@ def prepare_draws(
     return lists
 
 
-def outcomes(todo: Mapping[Path, dict[str, Any]], jobs: int) -> Iterator[tuple[Path, BaseException | None]]:
+def attempt(path: Path, job: Mapping[str, Any]) -> str | None:
+    """Do one run; return what went wrong, below what MONAI's parser says about it."""
+    try:
+        train_and_evaluate(path, **job)
+        return None
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        lines = [line for line in str(cause).strip().splitlines() if line.strip('" ')]
+        return f"{type(cause).__name__}: {lines[-1] if lines else ''}"
+    finally:
+        # the process goes on with other systems, and trainers, networks and what was recorded of them refer to each other
+        torch._dynamo.reset()
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+
+def outcomes(todo: Mapping[Path, dict[str, Any]], jobs: int) -> Iterator[tuple[Path, str | None]]:
     """Do the runs, one after the other or several side by side; yield each folder with its error, if any."""
     if jobs == 1:
-        for path, job in todo.items():
-            try:
-                train_and_evaluate(path, **job)
-                yield path, None
-            except Exception as error:
-                yield path, error
+        yield from ((path, attempt(path, job)) for path, job in todo.items())
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(2,)) as pool:
-        running = {pool.submit(train_and_evaluate, path, **job): path for path, job in todo.items()}
+        running = {pool.submit(attempt, path, job): path for path, job in todo.items()}
         try:
             for done in as_completed(running):
-                yield running[done], done.exception()
+                broken = done.exception()  # a process that died, with all that wait for it
+                yield running[done], f"{type(broken).__name__}: {broken}" if broken else done.result()
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def first_cause(error: BaseException) -> str:
-    """What went wrong, below what MONAI's parser says about it."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line for line in str(error).strip().splitlines() if line.strip('" ')]
-    return f"{type(error).__name__}: {lines[-1] if lines else ''}"
 
 
 def report(folder: Path, task: str, rows: Mapping[str, Mapping[str, Any]], draws: int, note: Mapping[str, Any]) -> str:
@@ -461,7 +470,7 @@ def main(
     with tqdm(total=len(todo), desc=task) as bar:
         for path, error in outcomes(todo, jobs):
             if error is not None:
-                failed.append(f"{path.relative_to(folder)} ({first_cause(error)})")
+                failed.append(f"{path.relative_to(folder)} ({error})")
             report(folder, task, rows, len(lists), {**note, "failed": failed})
             done += 1
             bar.update()
