@@ -23,11 +23,10 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +48,7 @@ from monai.bundle import ConfigWorkflow  # noqa: E402
 from monai.data import MetaTensor  # noqa: E402
 from monai.inferers import Inferer  # noqa: E402
 from monai.transforms import Compose, ScaleIntensityRangePercentilesd  # noqa: E402
+from processes import process_pool  # noqa: E402
 
 from scripts.data import PICTURES, find_pairs, replacing  # noqa: E402
 from scripts.splits import disjoint_draws  # noqa: E402
@@ -327,7 +327,7 @@ def attempt(path: Path, job: Mapping[str, Any]) -> str | None:
         lines = [line for line in str(cause).strip().splitlines() if line.strip('" ')]
         return f"{type(cause).__name__}: {lines[-1] if lines else ''}"
     finally:
-        # the process goes on with other systems, and trainers, networks and what was recorded of them refer to each other
+        # the process goes on with other systems; trainers, networks and what was recorded of them refer to each other
         torch._dynamo.reset()
         gc.collect()
         if torch.cuda.is_initialized():
@@ -339,8 +339,7 @@ def outcomes(todo: Mapping[Path, dict[str, Any]], jobs: int) -> Iterator[tuple[P
     if jobs == 1:
         yield from ((path, attempt(path, job)) for path, job in todo.items())
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(2,)) as pool:
+    with process_pool(jobs) as pool:
         running = {pool.submit(attempt, path, job): path for path, job in todo.items()}
         try:
             for done in as_completed(running):

@@ -23,25 +23,24 @@ from __future__ import annotations
 
 import csv
 import json
-import multiprocessing
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import fire
-import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLE = ROOT / "bundles" / "glioma_grading"
-sys.path[:0] = [str(ROOT), str(BUNDLE)]
+sys.path[:0] = [str(ROOT), str(BUNDLE), str(ROOT / "benchmarks")]
 
 from monai.bundle import ConfigWorkflow  # noqa: E402
+from processes import process_pool  # noqa: E402
 
 from scripts.cases import find_cases  # noqa: E402
 from scripts.data import replacing  # noqa: E402
@@ -92,7 +91,6 @@ def train_and_test(
     folder: Path, row: Mapping[str, Any], dims: int, matching: str, fold: int, seed: int, **overrides: Any
 ) -> None:
     """One network: train, choose its threshold, predict the test fold into ``folder / "predictions.csv"``."""
-    torch.set_num_threads(2)
     shared = {**overrides, "fold": fold, "seed": seed}
     # the state of unfinished runs is not kept: one takes a minute
     flow = workflow(("train",), dims, matching, row, output_dir=str(folder), checkpoint_interval=10**6, **shared)
@@ -155,8 +153,7 @@ def run(
         if not (path / "predictions.csv").is_file():
             todo.append((path, {"row": known[row], "dims": d, "matching": matching, "fold": fold, "seed": seed}))
     failed: list[str] = []
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+    with process_pool(jobs) as pool:
         settings = {json.dumps([job["row"], job["matching"]]): job for _, job in todo}.values()
         caches = [pool.submit(prepare, job["row"], job["matching"], **shared) for job in settings]
         for cache in tqdm(caches, desc="preparing"):

@@ -249,7 +249,7 @@ def main(
         configs: configs of the bundle that change the loss of the training steps.
         steps: training steps, of which the first five are not counted.
         workers: processes that load.
-        whole: compile the whole network, too, which takes a minute for each case, on a CPU minutes; by default on a GPU.
+        whole: compile the whole network, too, a minute for each case, on a CPU minutes; by default on a GPU.
     """
     where = torch.device(device)
     if where.type == "cpu":

@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import multiprocessing
 import shutil
 import sys
 from pathlib import Path
@@ -257,7 +258,7 @@ def test_lists_to_train_on(slices, tmp_path):
     stacks = tmp_path / "stacks"
     stacks.mkdir()
     for name, other in (("mri", "t2"), ("pet", "flair")):
-        (first, *_) = sorted((tmp_path / "brats").rglob(f"*_{other}.nii.gz"))
+        first, *_ = sorted((tmp_path / "brats").rglob(f"*_{other}.nii.gz"))
         (stacks / f"7_{name}.nii.gz").write_bytes(first.read_bytes())
     main = load("training_lists").main
     main(str(tmp_path / "slices"), str(tmp_path / "brats"), str(tmp_path / "lists"), str(stacks), volumes_tested=0.3)
@@ -270,3 +271,11 @@ def test_lists_to_train_on(slices, tmp_path):
         for task in expected - {"mri-pet"} if name == "volumes" else expected:
             draw = json.loads((tmp_path / "lists" / task / "draw0.json").read_text())
             assert draw["test"] and not {pair["subject"] for pair in draw["test"]} & {subject for _, subject in trained}
+
+
+def test_loaders_in_a_pool_start_as_elsewhere(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))  # where the process looks, too
+    from processes import process_pool
+
+    with process_pool(1) as pool:
+        assert pool.submit(multiprocessing.get_start_method).result() == multiprocessing.get_start_method()

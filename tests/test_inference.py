@@ -55,7 +55,7 @@ def test_the_same_outputs(dims, strides, weights, size):
 @pytest.mark.parametrize("dims, strides, weights, size", CASES)
 @torch.no_grad()
 def test_weights_in_half_precision(dims, strides, weights, size):
-    """No weight is cast under autocast, and the outputs are as good as those of autocast, also of a black background."""
+    """No weight is cast under autocast; the outputs are as good as those of autocast, also of a black background."""
     torch.manual_seed(0)
     network, image = trained(dims, strides, weights), torch.rand(1, 2, *size)
     image[..., : size[-1] // 2] = 0

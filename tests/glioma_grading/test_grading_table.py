@@ -69,7 +69,7 @@ def in_this_process(table, monkeypatch):
         def __init__(self, running):
             self.done = list(running)
 
-    monkeypatch.setattr(table, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(table, "process_pool", Pool)
     monkeypatch.setattr(table, "wait", lambda running, return_when: Waited(running))
 
 
