@@ -10,6 +10,8 @@
 # limitations under the License.
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from monai.visualize import GradCAM
@@ -37,6 +39,25 @@ def test_images_are_told_apart():
         logits = network(x)
         torch.testing.assert_close(torch.cat([network(item) for item in x.split(1)]), logits, rtol=1e-4, atol=1e-5)
         assert not torch.allclose(network(x.flip(1)), logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("dims, size", [(2, (16, 24)), (3, (16, 16, 8))])
+def test_statistics_of_the_brain(dims, size):
+    """Tokens of the background do not count, and an empty image gives numbers."""
+    torch.manual_seed(0)
+    network, pooled = ClinicalFMambaClassifier(dims, **SMALL).eval(), []
+    network.head.register_forward_pre_hook(lambda module, inputs: pooled.append(inputs[0]))
+    tokens = torch.rand(1, math.prod(size) // network.stride**dims, SMALL["channels"][-1])
+    network.norm.register_forward_hook(lambda *_: tokens)
+    image = torch.zeros(1, 1, *size)
+    half = size[0] // 2
+    image[:, :, :half] = 0.5
+    with torch.inference_mode():
+        network(image)
+        network(torch.zeros_like(image))
+    for found, part in zip(pooled, (tokens[:, : tokens.shape[1] // 2], tokens)):
+        expected = torch.cat([part.mean(1), part.std(1, correction=0)], dim=1)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_weights_of_a_fusion_network():

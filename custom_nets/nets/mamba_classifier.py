@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from monai.networks.layers.factories import Pool
 
 from custom_nets.nets.clinicalfmamba import ClinicalFMamba
 
@@ -26,8 +27,9 @@ __all__ = ["ClinicalFMambaClassifier"]
 class ClinicalFMambaClassifier(nn.Module):
     """
     Classifier of one or several co-registered images of a brain that looks at each as :py:class:`ClinicalFMamba` does:
-    its convolutional encoder and its Mamba blocks on the latent tokens, here the same for all images; then the tokens'
-    mean, of all images side by side, and one linear layer.
+    its convolutional encoder and its Mamba blocks on the latent tokens, here the same for all images; then mean and
+    standard deviation of the tokens in the brain (statistics pooling), of all images side by side, and one linear
+    layer.
 
     The parts keep their names, so that the weights of a trained fusion network fit (:py:meth:`load_fusion_weights`).
 
@@ -68,7 +70,8 @@ class ClinicalFMambaClassifier(nn.Module):
         self.latent_x = fusion.latent_x
         self.norm = nn.LayerNorm(channels[-1])
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(in_channels * channels[-1], num_classes)
+        self.head = nn.Linear(in_channels * 2 * channels[-1], num_classes)
+        self.share = Pool[Pool.AVG, spatial_dims](fusion.stride)
         for part in (self.stem, self.encoder):
             part.requires_grad_(not frozen)
 
@@ -96,7 +99,7 @@ class ClinicalFMambaClassifier(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """
         Args:
-            x: ``(B, in_channels, H, W[, D])`` with values in [0, 1], of any spatial size.
+            x: ``(B, in_channels, H, W[, D])`` with values in [0, 1], of any spatial size; 0 is background.
 
         Returns:
             logits ``(B, num_classes)``.
@@ -113,10 +116,17 @@ class ClinicalFMambaClassifier(nn.Module):
         x = F.pad(x, padding, mode="replicate")
 
         # All images pass the shared encoder as one batch.
-        features = self.encoder(self.stem(x.flatten(0, 1).unsqueeze(1)))
+        images = x.flatten(0, 1).unsqueeze(1)
+        features = self.encoder(self.stem(images))
         spatial_shape = list(features.shape[2:])
         tokens = features.flatten(2).transpose(1, 2)
         for block in self.latent_x:
             tokens = block(tokens, spatial_shape)
-        pooled = self.norm(tokens).mean(dim=1).unflatten(0, (-1, self.in_channels))
+        tokens = self.norm(tokens)
+        # in an empty image, all tokens count alike
+        weight = self.share((images > 0).to(tokens.dtype)).flatten(2).transpose(1, 2) + 1e-6
+        weight = weight / weight.sum(dim=1, keepdim=True)
+        mean = (weight * tokens).sum(dim=1, keepdim=True)
+        deviation = ((weight * (tokens - mean).square()).sum(dim=1) + 1e-6).sqrt()
+        pooled = torch.cat([mean.squeeze(1), deviation], dim=1).unflatten(0, (-1, self.in_channels))
         return self.head(self.dropout(pooled.flatten(1)))
