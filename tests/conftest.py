@@ -10,8 +10,21 @@
 # limitations under the License.
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pydicom
+import pytest
+import torch
 
 
 def pytest_report_header() -> str:
     return f"pydicom {pydicom.__version__} (both below and from 3 on are supported)"
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Threads cost more than they bring on images of the tests' sizes, far more on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

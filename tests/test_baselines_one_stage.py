@@ -40,6 +40,8 @@ from scripts.losses import ClinicalFMambaLoss
 from scripts.phantom import write
 from scripts.ssim import ssim
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONFIGS = Path(__file__).resolve().parents[1] / "bundles" / "clinicalfmamba_fusion" / "configs"
 SMALL = {
     "swinfusion": {"dim": 12, "num_heads": 2, "window_size": 4},
@@ -48,15 +50,6 @@ SMALL = {
     "mrscfusion": {"channels": (8, 8, 12, 12), "num_heads": 2, "window_size": 4},
 }
 NAMES = sorted(SMALL)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads cost more than they bring on images of this size, far more on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def network(name, dims=2, seed=0, **kwargs):

@@ -35,6 +35,8 @@ from scripts.inferers import FusionInferer, ReconstructionInferer
 from scripts.phantom import digital_brain, write
 from scripts.reconstruction_losses import EHDRANLoss
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BUNDLE = Path(__file__).resolve().parents[1] / "bundles" / "clinicalfmamba_fusion"
 CONFIGS = BUNDLE / "configs"
 # MRSCFusion is trained in two runs, the second from the weights of the first: test_baselines_one_stage does that
@@ -44,15 +46,6 @@ AUTOENCODERS = ["ehdran", "msdra", "msrpan"]
 RULES = {"average": lambda x: x.mean(1, keepdim=True), "maximum": lambda x: x.amax(1, keepdim=True)}
 SIZES = [(16, 16), (17, 23), (5, 3), (1, 1), (8, 9, 7), (1, 2, 1)]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads cost more than they bring on images of this size, far more on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def network(name, dims=2, seed=0, **kwargs):

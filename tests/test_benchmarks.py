@@ -24,6 +24,8 @@ import torch
 from custom_nets.nets import build_network
 from scripts.phantom import write
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PATH = Path(__file__).resolve().parents[1] / "benchmarks" / "fusion_optimum.py"
 SHARES = ("network / optimum", "share of the range")
 RULES = ("copy MRI", "copy partner", "average", "maximum")
@@ -45,14 +47,6 @@ def slices(tmp_path_factory):
     folder = tmp_path_factory.mktemp("slices")
     write(str(folder), kind="slices", subjects=1, shape=(48, 48))
     return str(folder)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def table(folder):

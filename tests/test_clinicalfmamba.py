@@ -22,17 +22,10 @@ import torch.nn as nn
 from custom_nets.blocks import UpsampledConv
 from custom_nets.nets import ClinicalFMamba, build_network, network_names, register_network, registry
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = {"channels": (8, 8, 16), "latent_depth": 1}
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads cost more than they bring on images of this size, far more on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def network(dims, seed=0, **kwargs):

@@ -27,6 +27,8 @@ from scripts.checkpoints import LastEpochSaver
 from scripts.phantom import write
 from scripts.splits import disjoint_draws
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 SMALL = {"label": "small", "network_def#channels": [8, 8, 16], "network_def#latent_depth": 1}
 SETTINGS = {"device": "cpu", "num_workers": 0, "crop_size": [32, 32], "max_epochs": 1, "steps": 5, "draws": 2}
@@ -52,14 +54,6 @@ def slices(tmp_path_factory):
     folder = tmp_path_factory.mktemp("slices")
     write(str(folder), kind="slices", subjects=3, shape=(40, 48))
     return str(folder)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def times(folder):

@@ -20,6 +20,8 @@ import torch.nn as nn
 from custom_nets.blocks import UpsampledConv
 from custom_nets.nets import ClinicalFMamba, build_network, network_names, prepare_for_inference
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MODELS = Path(__file__).parents[1] / "bundles" / "clinicalfmamba_fusion" / "models"
 CASES = [(2, (1, 2, 2), MODELS / "model.pt", (37, 50)), (3, (2, 2, 2), MODELS / "volume" / "model.pt", (19, 24, 17))]
 
@@ -28,14 +30,6 @@ def trained(dims, strides, weights):
     network = ClinicalFMamba(dims, strides=strides)
     network.load_state_dict(torch.load(weights, weights_only=True))
     return network.eval()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("dims, strides, weights, size", CASES)

@@ -32,17 +32,11 @@ from scripts.registration import (
     save_transform,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DATA = Path(os.environ.get("SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 # 20 mm and 15 degrees altogether, neither along an axis
 SHIFT, TURN = np.array([-9.0, 14.0, 11.1]), np.array([8.0, -9.0, 9.0])
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def brain(contrast: str, shape: tuple[int, ...], spacing: float) -> MetaTensor:
