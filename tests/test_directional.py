@@ -67,6 +67,23 @@ def test_in_place_equals_copies_of_the_same_kernels(dtype, monkeypatch):
     assert torch.linalg.norm(walked.float() - copied.float()) <= 4 * torch.finfo(dtype).eps * torch.linalg.norm(copied)
 
 
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_one_after_the_other_without_gradients(conditioned, monkeypatch):
+    """Large images: the same outputs, and never more than one direction at once."""
+    shape, block = [6, 5, 7], DirectionalSSM(18, scan_orders("tri_plane", 3))
+    x, walked = torch.randn(2, 210, 18), []
+    condition = torch.randn(2, 210, 18) if conditioned else None
+    scan = selective_ssm.directional_scan
+    monkeypatch.setattr(selective_ssm, "directional_scan", lambda u, *args: walked.append(u.shape[1]) or scan(u, *args))
+    with torch.no_grad():
+        expected = block(x, shape, condition)
+        monkeypatch.setattr(selective_ssm, "AT_ONCE", 0)
+        torch.testing.assert_close(block(x, shape, condition), expected)
+    assert walked == [6] + 6 * [1]
+    block(x, shape, condition)
+    assert walked[-1] == 6, "gradients want all of them"
+
+
 @pytest.mark.parametrize("width", [1, 2, 70])
 def test_operator(width):
     shape, orders = [5, 14], scan_orders("cross", 2)

@@ -29,6 +29,10 @@ from custom_nets.ops import (
 
 __all__ = ["DirectionalSSM"]
 
+# Elements of the content of all directions above which they are walked one after the other where there are no
+# gradients: that takes less memory, and what one direction needs stays in the cache from kernel to kernel.
+AT_ONCE = 2**24
+
 
 class DirectionalSSM(nn.Module):
     """Selective state space model over the tokens of an image or a volume, in several directions at once.
@@ -92,7 +96,7 @@ class DirectionalSSM(nn.Module):
         content = to_sequences(x, spatial_shape, self.orders)
         content = F.silu(self._causal_conv(content))
         source = content if condition is None else to_sequences(condition, spatial_shape, self.orders)
-        delta, A, B, C = self._matrices(source)
+        delta, A, B, C = self._matrices(source, self.projection, self.step_weight, self.A_log)
         y = selective_scan_channels_last(
             content, delta, A, B, C, D=self.D, delta_bias=self.step_bias, delta_softplus=True
         )
@@ -101,18 +105,37 @@ class DirectionalSSM(nn.Module):
     @torch.jit.unused
     def _walk(self, x: torch.Tensor, spatial_shape: list[int], condition: Optional[torch.Tensor]) -> torch.Tensor:
         """The same by kernels that walk raster tokens in the order of each direction: no copies in that order."""
-        content = directional_conv(x, self.conv_weight, self.conv_bias, self.orders, spatial_shape)
-        delta, A, B, C = self._matrices(content if condition is None else condition.unsqueeze(1))
-        y = directional_scan(content, delta, A, B, C, self.D, self.step_bias, self.orders, spatial_shape)
-        # Autocast would sum copies in float32. Not a mean: only a sum hands one gradient to all directions as it is.
-        with torch.autocast(x.device.type, enabled=False):
-            return y.sum(dim=1) / len(self.orders)
+        directions = len(self.orders)
+        # with gradients, everything is kept anyway
+        if directions * x.numel() <= AT_ONCE or torch.is_grad_enabled():
+            y = self._walk_part(x, spatial_shape, condition, slice(0, directions))
+            # Autocast would sum copies in float32. Not a mean: only a sum hands one gradient to all directions as is.
+            with torch.autocast(x.device.type, enabled=False):
+                return y.sum(dim=1) / directions
+        total = torch.zeros_like(x, dtype=torch.float32)
+        for k in range(directions):
+            y = self._walk_part(x, spatial_shape, condition, slice(k, k + 1))
+            total += y[:, 0]
+        return (total / directions).to(y.dtype)
 
-    def _matrices(self, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    @torch.jit.unused
+    def _walk_part(
+        self, x: torch.Tensor, spatial_shape: list[int], condition: Optional[torch.Tensor], part: slice
+    ) -> torch.Tensor:
+        """``(B, directions, L, channels)`` of some of the directions."""
+        orders = self.orders[part]
+        content = directional_conv(x, self.conv_weight[part], self.conv_bias[part], orders, spatial_shape)
+        source = content if condition is None else condition.unsqueeze(1)
+        delta, A, B, C = self._matrices(source, self.projection[part], self.step_weight[part], self.A_log[part])
+        return directional_scan(content, delta, A, B, C, self.D[part], self.step_bias[part], orders, spatial_shape)
+
+    def _matrices(
+        self, source: torch.Tensor, projection: torch.Tensor, step_weight: torch.Tensor, A_log: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Step before its bias ``(B, K, L, channels)``, A, and B and C ``(B, K, L, state_dim)``."""
-        step, B, C = torch.matmul(source, self.projection).split(self.split, dim=-1)
+        step, B, C = torch.matmul(source, projection).split(self.split, dim=-1)
         # with strides, a program that is exported with a batch of several images would refuse a single one
-        return torch.matmul(step.contiguous(), self.step_weight), -torch.exp(self.A_log.float()), B, C
+        return torch.matmul(step.contiguous(), step_weight), -torch.exp(A_log.float()), B, C
 
     def _causal_conv(self, x: torch.Tensor) -> torch.Tensor:
         """Depthwise over ``(B, K, L, C)``; as shifted products, since a convolution would want channels first."""
