@@ -24,6 +24,7 @@ from custom_nets.ops.selective_scan_tiles import (
     LOG2E,
     UNKNOWN,
     fetch,
+    let_next_start,
     load_matrix,
     load_states,
     load_vector,
@@ -32,6 +33,7 @@ from custom_nets.ops.selective_scan_tiles import (
     step_of,
     tile_of,
     unpack,
+    wait_for_previous,
 )
 
 __all__ = ["carry_kernel", "end_kernel", "output_kernel"]
@@ -42,9 +44,10 @@ def end_kernel(
     u, delta, A, B, bias, paths, ends, spans,
     B_batch, B_row, length, chunk, chunks,
     K: tl.constexpr, D: tl.constexpr, N: tl.constexpr, B_token: tl.constexpr, SOFTPLUS: tl.constexpr,
-    BLOCK: tl.constexpr, STATES: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr,
+    BLOCK: tl.constexpr, STATES: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """State at the end of each chunk if it began at zero, and the sum of its steps."""
+    let_next_start(OVERLAP)
     row, c, start, tokens, channel, state = position(length, chunk, chunks, D, BLOCK, STATES)
     k = (row % K).to(tl.int32)
     path = find_path(paths, k)
@@ -84,10 +87,11 @@ def _follow(decay, value, next_decay, next_value):
 def carry_kernel(
     ends, spans, A, borders, chunks,
     K: tl.constexpr, D: tl.constexpr, N: tl.constexpr, REVERSED: tl.constexpr,
-    BLOCK: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK: tl.constexpr, WINDOW: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """From what each chunk ends with if it begins at zero, ``(rows, chunks, N, D)``, to what crosses from chunk to
     chunk, ``(rows, chunks - 1, N, D)``."""
+    let_next_start(OVERLAP)
     blocks: tl.constexpr = (D + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
     channel = (program % blocks) * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -96,6 +100,7 @@ def carry_kernel(
     rate = tl.load(A + (k * D + channel) * N + n, mask=channel < D, other=0.0).to(tl.float32) * LOG2E
     carry = tl.zeros([1, BLOCK], tl.float32)
     window = tl.arange(0, WINDOW)[:, None]
+    wait_for_previous(OVERLAP)
     for first in range(0, chunks, WINDOW):
         at = first + window
         c = chunks - 1 - at if REVERSED else at
@@ -116,6 +121,7 @@ def output_kernel(
     B_batch, B_row, C_batch, C_row, length, chunk, chunks,
     K: tl.constexpr, D: tl.constexpr, N: tl.constexpr, B_token: tl.constexpr, C_token: tl.constexpr,
     SOFTPLUS: tl.constexpr, BLOCK: tl.constexpr, STATES: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Outputs of each chunk from the state that enters it."""
     row, c, start, tokens, channel, state = position(length, chunk, chunks, D, BLOCK, STATES)
@@ -128,14 +134,15 @@ def output_kernel(
     C += (row // K) * C_batch + k * C_row
     rate = load_matrix(A, k, channel, state, D, N) * LOG2E
     offset, gain = load_vector(bias, k, channel, D), load_vector(skip, k, channel, D)
-    mask = (channel < D) & (state < N) & (c > 0)
-    x = tl.load(entering + tile_of(row, c - 1, chunks - 1, channel, state, D, N), mask=mask, other=0.0)
     last = start + tokens - 1
     next_places = places_of(path, start, last, GROUP)
     next_us, next_deltas, next_Bs = fetch(
         u, delta, B, next_places, channel, state, D, N, B_token, BLOCK, STATES, GROUP, PACK
     )
     next_Cs = load_states(C, next_places, state, N, STATES, C_token, GROUP, PACK)
+    wait_for_previous(OVERLAP)
+    mask = (channel < D) & (state < N) & (c > 0)
+    x = tl.load(entering + tile_of(row, c - 1, chunks - 1, channel, state, D, N), mask=mask, other=0.0)
     for first in range(0, tokens, GROUP):
         us, deltas, Bs, Cs, places, left = next_us, next_deltas, next_Bs, next_Cs, next_places, tokens - first
         next_places = places_of(path, start + first + GROUP, last, GROUP)

@@ -28,6 +28,7 @@ __all__ = [
     "LOG2E",
     "UNKNOWN",
     "fetch",
+    "let_next_start",
     "load_channels",
     "load_matrix",
     "load_states",
@@ -38,6 +39,7 @@ __all__ = [
     "step_of",
     "tile_of",
     "unpack",
+    "wait_for_previous",
 ]
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -71,6 +73,20 @@ def _softplus(x):
 def softplus_slope(x):
     e = tl.exp2(-tl.abs(x) * LOG2E)
     return tl.where(x >= 0, 1.0, e) / (1.0 + e)
+
+
+@triton.jit
+def let_next_start(OVERLAP: tl.constexpr):
+    """The next kernel may begin, up to where it waits, once all programs of this one have come here."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_previous(OVERLAP: tl.constexpr):
+    """What the kernels before have written is there from here on."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
