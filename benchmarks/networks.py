@@ -62,7 +62,7 @@ Case = tuple[int, Sequence[int]]
 @dataclass(frozen=True)
 class Setting:
     """
-    What a network is run with; ``compiled`` is nothing, what the bundle does (``scans``), or the ``whole``;
+    What a network is run with; ``compiled`` is nothing, what the bundle does (``blocks``), or the ``whole``;
     ``prepared``, by `prepare_for_inference`, is for forward passes alone.
     """
 
@@ -78,8 +78,8 @@ SETTINGS = {
     "cuda": [
         PLAIN,
         Setting("bfloat16, channels last", True, True),
-        Setting("bfloat16, channels last, CUDA graph, scans compiled", True, True, "scans"),
-        Setting("bfloat16, prepared, CUDA graph, scans compiled", True, True, "scans", True),
+        Setting("bfloat16, channels last, CUDA graph, blocks compiled", True, True, "blocks"),
+        Setting("bfloat16, prepared, CUDA graph, blocks compiled", True, True, "blocks", True),
     ],
     "cpu": [PLAIN, Setting("prepared, float32", prepared=True), Setting("prepared, bfloat16", True, prepared=True)],
 }
@@ -276,7 +276,7 @@ def main(
         run = {s: attempt(lambda s=s: forward(case, s, where, images, reference)) for s in settings}
         note("forward", case, run)
     for case in tqdm(training, desc="training"):
-        # the trainer has no more than the scans compiled
+        # the trainer has no more than the blocks compiled
         choice = [s for s in settings if s.compiled != "whole" and not s.prepared]
         run = {s: attempt(lambda s=s: training_step(case, s, where, configs, steps, skipped)) for s in choice}
         note(f"training step ({load_loss(configs, len(case[1])).__class__.__name__})", case, run)

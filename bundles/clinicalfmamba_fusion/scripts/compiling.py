@@ -19,13 +19,22 @@ from typing import Any
 
 import torch
 
-from custom_nets.blocks import DirectionalSSM
+from custom_nets.blocks import CrossMambaBlock, DilatedGatedConvBlock, DirectionalSSM, MambaBlock, TokenExchange
 
-__all__ = ["CompiledForward", "ScanCompiler", "channels_last", "prepare_network"]
+__all__ = ["BlockCompiler", "CompiledForward", "channels_last", "prepare_network"]
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 RECOMPILE_LIMIT = 64
+
+# What is compiled: this method of the outermost such modules. It lies inside of what activation checkpointing repeats.
+BLOCKS: dict[type[torch.nn.Module], str] = {
+    MambaBlock: "_forward",
+    CrossMambaBlock: "_forward",
+    DilatedGatedConvBlock: "_forward",
+    TokenExchange: "forward",
+    DirectionalSSM: "forward",
+}
 
 Call = Callable[..., torch.Tensor]
 
@@ -61,17 +70,16 @@ class CompiledForward:
     """
     Forward pass of a network, faster for shapes that come again.
 
-    On a GPU, evaluation is recorded as one CUDA graph for each shape of the input, with what surrounds the selective
-    scans compiled, since the networks here launch thousands of small kernels. From the 9th shape on, and with
-    gradients, it runs kernel by kernel: a training step is recorded as a whole, see `CUDAGraphTrainer`. Elsewhere,
-    `torch.compile` makes one pass for all shapes, which takes minutes.
+    On a GPU, evaluation is recorded as one CUDA graph for each shape of the input, with its blocks compiled, since the
+    networks here launch thousands of small kernels. From the 9th shape on, and with gradients, it runs kernel by
+    kernel: a training step is recorded as a whole, see `CUDAGraphTrainer`. Elsewhere, `torch.compile` makes one pass
+    for all shapes, which takes minutes.
 
     Where a compiler is missing or fails, one warning says so and the network runs as it is.
 
     Args:
         network: its ``forward`` may be replaced by this afterwards.
-        whole: on a GPU, compile the whole network, not only what surrounds the scans; that takes a minute for each
-            shape.
+        whole: on a GPU, compile the whole network, not only its blocks; that takes a minute for each shape.
     """
 
     MAX_SHAPES = 8
@@ -82,7 +90,7 @@ class CompiledForward:
         self.whole = whole
         self._plain: Call = network.forward
         self._compiled: Call | None = None
-        self._with_compiled_scans = ScanCompiler(network)
+        self._with_compiled_blocks = BlockCompiler(network)
         self._recorded: dict[tuple, Call] = {}
         self._pool: Any = None
         self._failed = False
@@ -132,14 +140,14 @@ class CompiledForward:
                 return forward(static)
 
         for _ in range(self.WARM_UP):
-            on_another_stream(run if self.whole else lambda: self._with_compiled_scans(run))
+            on_another_stream(run if self.whole else lambda: self._with_compiled_blocks(run))
         if self._pool is None:
             # the graphs run one after the other, and so may share their memory
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # other threads pin what comes next meanwhile
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            output = run() if self.whole else self._with_compiled_scans(run)
+            output = run() if self.whole else self._with_compiled_blocks(run)
 
         def replay(x: torch.Tensor) -> torch.Tensor:
             static.copy_(x)
@@ -149,10 +157,10 @@ class CompiledForward:
         return replay
 
 
-class ScanCompiler:
+class BlockCompiler:
     """
-    Calls a function while what surrounds the selective scans of a network is compiled. Once that has failed, with a
-    warning, it calls the function as it is.
+    Calls a function while the blocks of a network are compiled, see `BLOCKS`. Once that has failed, with a warning, it
+    calls the function as it is.
 
     Args:
         network: the network that the function runs.
@@ -191,17 +199,27 @@ def on_another_stream(function: Callable[[], Any]) -> Any:
 
 @contextmanager
 def _compiled(network: torch.nn.Module) -> Iterator[None]:
-    """Compiles the selective state space models of a network, for calls of this shape, until the block is left."""
-    modules = [module for module in network.modules() if isinstance(module, DirectionalSSM)]
-    for module in modules:
-        module.forward = torch.compile(module.forward, dynamic=False)  # type: ignore[method-assign]
+    """Compiles the blocks of a network, for calls of this shape, until the context is left."""
+    blocks = dict(_outermost(network))
+    for module, method in blocks.items():
+        setattr(module, method, torch.compile(getattr(module, method), dynamic=False))
     try:
-        # all modules share one limit, and each shape that is recorded takes some of it
+        # modules of a kind share one limit, and each shape that is recorded takes up to three of it, one a dilation
         with torch._dynamo.config.patch(cache_size_limit=RECOMPILE_LIMIT):
             yield
     finally:
-        for module in modules:
-            del module.forward
+        for module, method in blocks.items():
+            delattr(module, method)
+
+
+def _outermost(module: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str]]:
+    """Blocks in a module that are in no other one, and the method to compile."""
+    for kind, method in BLOCKS.items():
+        if isinstance(module, kind):
+            yield module, method
+            return
+    for child in module.children():
+        yield from _outermost(child)
 
 
 def _warn(error: Exception) -> None:

@@ -21,7 +21,7 @@ from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys as Keys
 from monai.utils import convert_to_tensor
 
-from scripts.compiling import ScanCompiler, on_another_stream
+from scripts.compiling import BlockCompiler, on_another_stream
 
 __all__ = ["CUDAGraphTrainer"]
 
@@ -29,8 +29,8 @@ __all__ = ["CUDAGraphTrainer"]
 class CUDAGraphTrainer(SupervisedTrainer):
     """
     `monai.engines.SupervisedTrainer` that replays a whole training step as one CUDA graph. The networks here launch
-    thousands of small kernels a step, which keeps the processor busy and the GPU waiting. What surrounds the selective
-    scans is compiled into a few kernels first, where a compiler is there.
+    thousands of small kernels a step, which keeps the processor busy and the GPU waiting. Their blocks are compiled
+    first, where a compiler is there: norms, gates, casts and sums then take a few kernels.
 
     The first steps run one by one, as a warm-up, then one is recorded. Batches of another shape than the recorded one
     (the last of an epoch), and all batches on a CPU and of several processes, run step by step. The optimizer must keep
@@ -61,7 +61,7 @@ class CUDAGraphTrainer(SupervisedTrainer):
             )
         if self.accumulation_steps > 1:
             raise ValueError("a CUDA graph does not accumulate gradients: raise batch_size instead.")
-        self._compiled_scans = ScanCompiler(self.network)
+        self._compiled_blocks = BlockCompiler(self.network)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._batch: list[torch.Tensor] = []
         self._output: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -90,14 +90,14 @@ class CUDAGraphTrainer(SupervisedTrainer):
         self._steps += 1
         if self._steps <= self.WARM_UP:
             # what is allocated before must not belong to the default stream
-            return on_another_stream(lambda: self._compiled_scans(self._step, inputs, targets))
+            return on_another_stream(lambda: self._compiled_blocks(self._step, inputs, targets))
         if self._graph is None:
             self._batch = [inputs.clone(), targets.clone()]
             graph = torch.cuda.CUDAGraph()
             self.optimizer.zero_grad(set_to_none=True)
             # other threads pin what comes next meanwhile
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._output = self._compiled_scans(self._step, *self._batch)
+                self._output = self._compiled_blocks(self._step, *self._batch)
             self._graph = graph
         if self._output is None or inputs.shape != self._batch[0].shape:
             return self._step(inputs, targets)
