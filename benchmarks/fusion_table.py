@@ -26,7 +26,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ from monai.bundle import ConfigWorkflow  # noqa: E402
 from monai.data import MetaTensor  # noqa: E402
 from monai.inferers import Inferer  # noqa: E402
 from monai.transforms import Compose, ScaleIntensityRangePercentilesd  # noqa: E402
-from processes import process_pool  # noqa: E402
+from processes import in_new_process  # noqa: E402
 
 from scripts.data import PICTURES, find_pairs, replacing  # noqa: E402
 from scripts.splits import disjoint_draws  # noqa: E402
@@ -339,11 +339,11 @@ def outcomes(todo: Mapping[Path, dict[str, Any]], jobs: int) -> Iterator[tuple[P
     if jobs == 1:
         yield from ((path, attempt(path, job)) for path, job in todo.items())
         return
-    with process_pool(jobs) as pool:
-        running = {pool.submit(attempt, path, job): path for path, job in todo.items()}
+    with ThreadPoolExecutor(jobs) as pool:
+        running = {pool.submit(in_new_process, attempt, path, job): path for path, job in todo.items()}
         try:
             for done in as_completed(running):
-                broken = done.exception()  # a process that died, with all that wait for it
+                broken = done.exception()  # a process that died
                 yield running[done], f"{type(broken).__name__}: {broken}" if broken else done.result()
         finally:
             pool.shutdown(cancel_futures=True)

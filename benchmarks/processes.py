@@ -13,17 +13,34 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
 import torch
 
-__all__ = ["process_pool"]
+__all__ = ["in_new_process", "process_pool"]
 
 
 def process_pool(jobs: int) -> ProcessPoolExecutor:
     """So many processes, started anew, since one that has used CUDA can not be copied; each with two threads."""
     default = multiprocessing.get_start_method()
     return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(default,))
+
+
+def in_new_process(function: Callable[..., Any], *args: Any) -> Any:
+    """
+    Call a function in a process of its own, which takes all of its GPU memory with it when it ends: what CUDA graphs
+    and libraries hold there is not given back otherwise.
+
+    Returns:
+        ``function(*args)``.
+
+    Raises:
+        concurrent.futures.process.BrokenProcessPool: when the process died.
+    """
+    with process_pool(1) as pool:
+        return pool.submit(function, *args).result()
 
 
 def _begin(start_method: str) -> None:

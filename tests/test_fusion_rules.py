@@ -125,6 +125,15 @@ class TestEveryRule:
         torch.testing.assert_close(fused.double(), expected, rtol=2e-3, atol=1e-7)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_sfnn_in_a_cuda_graph():
+    a, b = features(1, 2, 4, 4).cuda(), features(1, 2, 4, 4, seed=1).cuda()
+    expected = fusion_rule("sfnn")(a, b)
+    with pytest.raises(RuntimeError, match="'sfnn' can not be recorded"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        fusion_rule("sfnn")(a, b)
+    assert torch.equal(fusion_rule("sfnn")(a, b), expected)
+
+
 @pytest.mark.parametrize("rule", ["fer", "fl1n", "abs_ratio", "sfnn"])
 def test_equal_images_are_kept(rule):
     a = features(1, 3, 4, 6)

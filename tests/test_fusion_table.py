@@ -15,8 +15,10 @@ import csv
 import importlib.util
 import json
 import multiprocessing
+import os
 import shutil
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
@@ -267,9 +269,12 @@ def test_lists_to_train_on(slices, tmp_path):
             assert draw["test"] and not {pair["subject"] for pair in draw["test"]} & {subject for _, subject in trained}
 
 
-def test_loaders_in_a_pool_start_as_elsewhere(monkeypatch):
+def test_processes(monkeypatch):
+    """Loaders start there as elsewhere, and one that dies is not the end of the others."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))  # where the process looks, too
-    from processes import process_pool
+    from processes import in_new_process
 
-    with process_pool(1) as pool:
-        assert pool.submit(multiprocessing.get_start_method).result() == multiprocessing.get_start_method()
+    assert in_new_process(multiprocessing.get_start_method) == multiprocessing.get_start_method()
+    with pytest.raises(BrokenProcessPool):
+        in_new_process(os._exit, 1)
+    assert in_new_process(os.getpid) != os.getpid()

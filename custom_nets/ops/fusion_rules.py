@@ -143,6 +143,9 @@ def softmax_nuclear_norm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     Of a volume, a channel's norm is the mean of the nuclear norms of its three unfoldings into a matrix (Liu et al.,
     "Tensor completion for estimating missing values in visual data", 2013). A matrix and its transpose have the same
     norm, so this is the usual one in 2D. No gradient passes through ``w``.
+
+    Raises:
+        RuntimeError: while a CUDA graph is recorded.
     """
     with torch.no_grad():
         share = _share(_largest_nuclear_norm(a).square(), _largest_nuclear_norm(b).square())
@@ -166,6 +169,10 @@ def _nuclear_norms(matrices: torch.Tensor) -> torch.Tensor:
     They are the square roots of the eigenvalues of an N x N matrix, however long M is, and those come several at a time
     on a GPU. Squaring costs half of the digits, hence float64; one channel at a time, since that doubles the memory.
     """
+    if not torch.jit.is_scripting():
+        if matrices.is_cuda and torch.cuda.is_current_stream_capturing():
+            # cuSOLVER would fail half-way, and in every later call
+            raise RuntimeError("the eigenvalues of the rule 'sfnn' can not be recorded in a CUDA graph.")
     flat = matrices.flatten(0, 1)
     gram = torch.stack([matrix.double() @ matrix.double().mT for matrix in flat])
     norms = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().sum(dim=-1)

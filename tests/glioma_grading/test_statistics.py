@@ -11,13 +11,14 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from sklearn import metrics as reference
 
 from scripts.operating_point import choose_threshold, read_operating_point, update_operating_point
-from scripts.predictions import read_predictions, write_predictions
+from scripts.predictions import OperatingPointSaver, read_predictions, write_predictions
 from scripts.quality import find_flags
 from scripts.statistics import METRICS, bootstrap_intervals, delong_test, grading_metrics, patients
 
@@ -106,6 +107,14 @@ class TestThreshold:
         assert choose_threshold([0, 1], [0.3, 0.3]) == pytest.approx(0.3)
         with pytest.raises(ValueError, match="validation cases of both grades"):
             choose_threshold([1, 1], [0.3, 0.4])
+
+    def test_auc_of_tied_probabilities(self, tmp_path):
+        """MONAI's is a NumPy number then."""
+        engine = SimpleNamespace(state=SimpleNamespace(epoch=2, best_metric_epoch=2, best_metric=np.float32(0.75)))
+        records = [{"label": label, "probability": 0.5} for label in (0, 1)]
+        OperatingPointSaver(tmp_path / "point.json", {"source": "t2"}).finish(engine, records)
+        point = json.loads((tmp_path / "point.json").read_text())
+        assert point["source"] == "t2" and point["validation"] == {"cases": 2, "epoch": 2, "auc": 0.75}
 
     def test_file(self, tmp_path):
         path = tmp_path / "operating_point.json"

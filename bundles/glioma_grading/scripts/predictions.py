@@ -98,10 +98,12 @@ class OperatingPointSaver(PredictionCollector):
         if engine.state.best_metric_epoch != engine.state.epoch:
             return
         labels, probabilities = ([record[name] for record in records] for name in ("label", "probability"))
+        # of tied probabilities, MONAI's AUC is a NumPy number, which JSON does not know
+        auc = float(engine.state.best_metric)
         threshold = {
             "threshold": choose_threshold(labels, probabilities),
             "rule": "largest Youden's index on the validation cases",
-            "validation": {"cases": len(records), "epoch": engine.state.epoch, "auc": engine.state.best_metric},
+            "validation": {"cases": len(records), "epoch": engine.state.epoch, "auc": auc},
         }
         update_operating_point(self.path, {**threshold, **self.settings})
 
