@@ -125,13 +125,27 @@ class TestEveryRule:
         torch.testing.assert_close(fused.double(), expected, rtol=2e-3, atol=1e-7)
 
 
+def test_root_traces():
+    """As by eigenvalues: of full and of low rank, of features that are nearly constant, and of zeros."""
+    generator = torch.Generator().manual_seed(0)
+    kinds = {"generator": generator, "dtype": torch.float64}
+    noise = torch.randn(20, 30, **kinds)
+    low = torch.rand(20, 2, **kinds) @ torch.rand(2, 30, **kinds)
+    matrices = torch.stack([noise, low, 1 + 1e-3 * noise, 1 + 1e-6 * noise, torch.zeros_like(noise)])
+    expected = torch.linalg.svdvals(matrices).sum(-1)
+    torch.testing.assert_close(fusion_rules._root_traces(matrices @ matrices.mT), expected, rtol=2e-6, atol=0)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_sfnn_in_a_cuda_graph():
-    a, b = features(1, 2, 4, 4).cuda(), features(1, 2, 4, 4, seed=1).cuda()
+    a, b = features(1, 2, 4, 4), features(1, 2, 4, 4, seed=1)
     expected = fusion_rule("sfnn")(a, b)
-    with pytest.raises(RuntimeError, match="'sfnn' can not be recorded"), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        fusion_rule("sfnn")(a, b)
-    assert torch.equal(fusion_rule("sfnn")(a, b), expected)
+    a, b, graph = a.cuda(), b.cuda(), torch.cuda.CUDAGraph()
+    fusion_rule("sfnn")(a, b)
+    with torch.cuda.graph(graph):
+        found = fusion_rule("sfnn")(a, b)
+    graph.replay()
+    torch.testing.assert_close(found.cpu(), expected)
 
 
 @pytest.mark.parametrize("rule", ["fer", "fl1n", "abs_ratio", "sfnn"])
