@@ -174,11 +174,10 @@ def _nuclear_norms(matrices: torch.Tensor) -> torch.Tensor:
 
 
 def _root_traces(matrices: torch.Tensor, steps: int = 40) -> torch.Tensor:
-    """Traces of the square roots of positive semidefinite matrices, ``(B, N, N)`` to ``(B,)``, by matrix products alone.
+    """Traces of the roots of positive semidefinite matrices, ``(B, N, N)`` to ``(B,)``, by matrix products alone.
 
-    Coupled Newton-Schulz iteration: Higham, "Functions of Matrices", SIAM 2008, chapter 6. A small eigenvalue's
-    root grows by one half in each step until it is there, so that what is missing after 40 is below 1e-7 of the
-    largest.
+    Coupled Newton-Schulz iteration (Higham, "Functions of Matrices", SIAM 2008, chapter 6). The root of a small
+    eigenvalue grows by one half in each step until it is there: what is missing after 40 is below 1e-7 of the largest.
     """
     scale = torch.linalg.matrix_norm(matrices, keepdim=True)
     root = matrices / scale.masked_fill(scale == 0, 1)
