@@ -117,7 +117,7 @@ def stages(network: torch.nn.Module) -> dict[str, str]:
         # each begins with its convolution, the only one that it has
         number += any(weight.ndim > 3 for weight in module.parameters())
         known[f"decoder.{name}"] = f"decoder, stage {number}"
-    return {**known, "skip": "channel attention (CMCA)", "head": "head"}
+    return {**known, "skip": "channel attention (CMCA)", "refinement": "refinement", "head": "head"}
 
 
 def count(batch: int, size: Sequence[int]) -> dict[str, list[int]]:

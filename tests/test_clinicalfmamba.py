@@ -176,6 +176,19 @@ def test_raster_scan_keeps_one_direction(dims):
     assert (raster(x) - whole(x)).abs().max() > 1e-5
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+def test_refinement(dims):
+    """It adds to the features: without weights behind it, nothing changes."""
+    plain, refined = network(dims), network(dims, refinement=2)
+    assert not refined.load_state_dict(plain.state_dict(), strict=False).unexpected_keys
+    image = torch.rand(1, 2, *[9] * dims)
+    expected, found = plain.eval()(image), refined.eval()(image)
+    assert not torch.equal(found, expected)
+    torch.nn.init.zeros_(refined.refinement[-2].weight)
+    torch.nn.init.zeros_(refined.refinement[-2].bias)
+    torch.testing.assert_close(refined(image), expected)
+
+
 @pytest.mark.parametrize("strides, stride", [((1, 2, 2), 4), ((2, 1, 2), 4), ((2, 2, 1), 4), ((1, 1, 2), 2)])
 @torch.no_grad()
 def test_strides(strides, stride):
@@ -256,6 +269,7 @@ def test_cuda_equals_cpu(dims):
         (2, {}),
         (3, {}),
         (2, {"cross_mamba": False, "cross_modal_attention": False, "scan": "raster", "strides": (1, 2, 2)}),
+        (2, {"refinement": 2}),
     ],
 )
 @torch.no_grad()

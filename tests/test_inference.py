@@ -23,35 +23,38 @@ from custom_nets.nets import ClinicalFMamba, build_network, network_names, prepa
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 MODELS = Path(__file__).parents[1] / "bundles" / "clinicalfmamba_fusion" / "models"
-CASES = [(2, (1, 2, 2), MODELS / "model.pt", (37, 50)), (3, (2, 2, 2), MODELS / "volume" / "model.pt", (19, 24, 17))]
+CASES = [
+    (2, {"strides": (1, 2, 2), "refinement": 2}, MODELS / "model.pt", (37, 50)),
+    (3, {"strides": (2, 2, 2)}, MODELS / "volume" / "model.pt", (19, 24, 17)),
+]
 
 
-def trained(dims, strides, weights):
-    network = ClinicalFMamba(dims, strides=strides)
+def trained(dims, shape, weights):
+    network = ClinicalFMamba(dims, **shape)
     network.load_state_dict(torch.load(weights, weights_only=True))
     return network.eval()
 
 
-@pytest.mark.parametrize("dims, strides, weights, size", CASES)
+@pytest.mark.parametrize("dims, shape, weights, size", CASES)
 @torch.no_grad()
-def test_the_same_outputs(dims, strides, weights, size):
-    network, image = trained(dims, strides, weights), torch.rand(2, 2, *size)
+def test_the_same_outputs(dims, shape, weights, size):
+    network, image = trained(dims, shape, weights), torch.rand(2, 2, *size)
     expected = network(image)
     norms = sum(isinstance(m, (nn.BatchNorm2d, nn.BatchNorm3d)) for m in network.modules())
     assert prepare_for_inference(network) is network
     torch.testing.assert_close(network(image), expected, atol=1e-5, rtol=0)
     # one behind each convolution of the decoder, and one before each pointwise convolution of the encoder
     left = sum(isinstance(m, (nn.BatchNorm2d, nn.BatchNorm3d)) for m in network.modules())
-    assert norms - left == sum(stride == 2 for stride in strides) + len(strides)
+    assert norms - left == sum(stride == 2 for stride in shape["strides"]) + len(shape["strides"])
     assert not any(isinstance(m, UpsampledConv) for m in network.modules())
 
 
-@pytest.mark.parametrize("dims, strides, weights, size", CASES)
+@pytest.mark.parametrize("dims, shape, weights, size", CASES)
 @torch.no_grad()
-def test_weights_in_half_precision(dims, strides, weights, size):
+def test_weights_in_half_precision(dims, shape, weights, size):
     """No weight is cast under autocast; the outputs are as good as those of autocast, also of a black background."""
     torch.manual_seed(0)
-    network, image = trained(dims, strides, weights), torch.rand(1, 2, *size)
+    network, image = trained(dims, shape, weights), torch.rand(1, 2, *size)
     image[..., : size[-1] // 2] = 0
     exact = network(image)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -61,6 +61,9 @@ class ClinicalFMamba(nn.Module):
             the one of the paper.
         cross_mamba: whether the modalities' tokens are fused by cross Mamba; without it they are averaged.
         cross_modal_attention: whether the sources' full-resolution features are added through channel attention.
+        refinement: convolutions with leaky ReLU on the full-resolution features before the head, which add to them. The
+            paper has none: up to the sigmoid, its path at full resolution is linear, so that which source shows can not
+            depend on what is at a pixel.
         use_checkpoint: whether training computes the activations of encoder, Mamba blocks and decoder again in its
             backward instead of keeping them, which takes less memory and more time.
 
@@ -91,6 +94,7 @@ class ClinicalFMamba(nn.Module):
         scan: str | None = None,
         cross_mamba: bool = True,
         cross_modal_attention: bool = True,
+        refinement: int = 0,
         use_checkpoint: bool = False,
     ) -> None:
         super().__init__()
@@ -164,6 +168,10 @@ class ClinicalFMamba(nn.Module):
             incoming = outgoing
 
         self.skip = CrossModalChannelAttention(spatial_dims, features) if cross_modal_attention else None
+        self.refinement = nn.Sequential() if refinement else None
+        if self.refinement is not None:
+            for _ in range(refinement):
+                self.refinement.extend([conv(features, features, 3, padding=1), nn.LeakyReLU(0.2)])
         self.head = conv(features, out_channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -216,6 +224,8 @@ class ClinicalFMamba(nn.Module):
         if self.skip is not None:
             stem_x, stem_y = stem.unflatten(0, [2, -1]).unbind(0)
             fused = self.skip(stem_x, stem_y, fused)
+        if self.refinement is not None:
+            fused = fused + self.refinement(fused)
         return self.head(fused)
 
     def _fuse(self, x: torch.Tensor, y: torch.Tensor, spatial_shape: list[int]) -> torch.Tensor:
