@@ -68,8 +68,9 @@ def test_in_place_equals_copies_of_the_same_kernels(dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("conditioned", [False, True])
-def test_one_after_the_other_without_gradients(conditioned, monkeypatch):
-    """Large images: the same outputs, and never more than one direction at once."""
+@pytest.mark.parametrize("elements, groups", [(0, 6 * [1]), (2 * 7560, 3 * [2]), (3 * 7560, 2 * [3])])
+def test_groups_of_directions_without_gradients(elements, groups, conditioned, monkeypatch):
+    """Large images: the same outputs, and never more directions at once than have so many elements."""
     shape, block = [6, 5, 7], DirectionalSSM(18, scan_orders("tri_plane", 3))
     x, walked = torch.randn(2, 210, 18), []
     condition = torch.randn(2, 210, 18) if conditioned else None
@@ -77,9 +78,9 @@ def test_one_after_the_other_without_gradients(conditioned, monkeypatch):
     monkeypatch.setattr(selective_ssm, "directional_scan", lambda u, *args: walked.append(u.shape[1]) or scan(u, *args))
     with torch.no_grad():
         expected = block(x, shape, condition)
-        monkeypatch.setattr(selective_ssm, "AT_ONCE", dict.fromkeys(selective_ssm.AT_ONCE, 0))
+        monkeypatch.setattr(selective_ssm, "AT_ONCE", elements)
         torch.testing.assert_close(block(x, shape, condition), expected)
-    assert walked == [6] + 6 * [1]
+    assert walked == [6, *groups]
     block(x, shape, condition)
     assert walked[-1] == 6, "gradients want all of them"
 
