@@ -208,14 +208,14 @@ def evaluate(
     checkpoint: str | Path | None,
     cases: Sequence[str],
     steps: int,
-    batch_size: int,
+    optimum_batch_size: int,
     **shared: Any,
 ) -> None:
     """Score a system on the test cases and write what the table is made of, ``result.json`` last."""
     added = system.get("configs", ()) if checkpoint else ["baselines/average"]
     settings = {**shared, **settings_of(system), "output_dir": str(folder), "checkpoint": str(checkpoint or "")}
     if "optimum" in system:
-        settings["validate#dataloader#batch_size"] = batch_size
+        settings["validate#dataloader#batch_size"] = optimum_batch_size
     recipe = json.loads((BUNDLE / "configs" / "evaluate.json").read_text(encoding="utf-8"))
     handlers = [h for h in recipe["validate#handlers"] if h["_target_"] not in IDLE_HANDLERS]
     flow = workflow(("train", "evaluate", *added), spatial_dims, **{**settings, "validate#handlers": handlers})
@@ -451,7 +451,7 @@ def main(
                     "spatial_dims": TASKS[task][1],
                     "weights": loaded.format(draw=draw) if loaded else None,
                     "training": {"configs": configs, "max_epochs": max_epochs},
-                    "evaluation": {"cases": cases, "steps": steps, "batch_size": optimum_batch_size},
+                    "evaluation": {"cases": cases, "steps": steps, "optimum_batch_size": optimum_batch_size},
                     "datalist": str(datalist),
                     "seed": draw,
                     **shared,
