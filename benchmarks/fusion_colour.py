@@ -37,11 +37,11 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLE = ROOT / "bundles" / "clinicalfmamba_fusion"
-sys.path[:0] = [str(ROOT), str(BUNDLE)]
+sys.path[:0] = [str(ROOT), str(BUNDLE), str(ROOT / "benchmarks")]
 
+from measuring import load_network  # noqa: E402
 from skimage.color import rgb2hsv, rgb2lab, rgb2xyz  # noqa: E402
 
-from custom_nets.nets import build_network  # noqa: E402
 from scripts.colour import COLOUR_SPACES, join_colour, rgb_to_ycbcr, split_colour, ycbcr_to_rgb  # noqa: E402
 from scripts.colour_maps import ColourMapd  # noqa: E402
 from scripts.data import find_pairs  # noqa: E402
@@ -107,7 +107,7 @@ def main(dataset_dir: str, weights: str = str(BUNDLE / "models" / "model.pt"), l
         weights: of the bundle's 2D network.
         limit: pairs of each task, spread evenly.
     """
-    network = build_network("clinicalfmamba", spatial_dims=2, strides=(1, 2, 2)).eval()
+    network = load_network(2, weights=False)
     network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     metrics = {"SSIM": FusionSSIMMetric(), "Q^AB/F": EdgePreservationMetric()}
     pairs = find_pairs(dataset_dir, ["MRI", ["SPECT", "PET"]])

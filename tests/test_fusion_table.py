@@ -149,7 +149,7 @@ def test_two_stages_share_the_epochs(table, tmp_path, monkeypatch):
 
 def test_volumes_and_slices_of_them(table, tmp_path):
     write(str(tmp_path / "volumes"), kind="volumes", subjects=2, shape=(24, 24, 16))
-    settings = {**SETTINGS, "systems": ["average", "maximum"], "pictures": 1}
+    settings = {**SETTINGS, "systems": ["average", "maximum"], "pictures": 1, "batch_size": 2}
     for task in ("t2-flair-3d", "t2-flair-2d"):
         table.main(task, str(tmp_path / "volumes"), str(tmp_path / "out"), **settings, slices_per_case=2)
         report = json.loads((tmp_path / "out" / f"{task}.json").read_text())
