@@ -274,15 +274,6 @@ class TestSlices:
             written[space] = np.asarray(Image.open(folder / "1001" / "1001_fused.png"), int)
         assert np.abs(written["ycbcr"] - written["cielab"]).max() > 8
 
-    def test_weights_to_start_from(self, slices, trained, tmp_path):
-        settings = {"dataset_dir": str(slices), "output_dir": str(tmp_path / "run"), **TRAIN, "max_epochs": 1}
-        run("train", **settings, pretrained=str(trained / "model.pt"), learning_rate=0.0)
-        found, before = (torch.load(f / "model.pt", weights_only=True) for f in (tmp_path / "run", trained))
-        assert all(torch.equal(found[name], before[name]) for name in found if name.endswith("weight"))
-        with pytest.raises(RuntimeError) as caught:
-            run("train", **settings, pretrained=str(tmp_path / "none.pt"))
-        assert "none.pt does not exist" in str(caught.value.__cause__)
-
     def test_a_run_without_validation(self, slices, tmp_path):
         overrides = TRAIN | {"max_epochs": 1, "val_fraction": 0, "cache_rate": 0.0}
         run("train", dataset_dir=str(slices), output_dir=str(tmp_path), **overrides)
