@@ -32,7 +32,7 @@ ENVIRONMENT |= {"CUDA_VISIBLE_DEVICES": ""}
 # cases in their order, whole: what is left is what the processes do to each other
 FIXED = {
     **{"network_def#channels": [8, 8, 16], "network_def#latent_depth": 1, "num_workers": 0},
-    **{"max_epochs": 3, "val_interval": 1},
+    **{"max_epochs": 3, "val_interval": 1, "refinement": 0},
     "train#random_transforms": [{"_target_": "EnsureTyped", "keys": "image", "track_meta": False}],
 }
 ONE = {"train#sampler": {"_target_": "torch.utils.data.SequentialSampler", "data_source": "@train#dataset"}}
@@ -88,7 +88,7 @@ def test_same_curve_as_one_process_with_twice_the_batch(tmp_path):
 
     assert len(expected) == 3 * 3 and len(steps) == 2
     assert all(last < 0.99 * first for first, last in zip(expected[:3], expected[-3:])), "it learns from every batch"
-    assert not np.allclose(*steps, rtol=1e-3), "each process has cases of its own"
+    assert not np.allclose(*steps, rtol=0.01), "each process has cases of its own"
     np.testing.assert_allclose(np.mean(steps, axis=0), expected, rtol=1e-3)
     for ranks in validations:
         assert ranks == [pytest.approx(metrics, rel=1e-3) for metrics in validated]
