@@ -23,6 +23,7 @@ from custom_nets.blocks import (
     DilatedGatedConvBlock,
     DirectionalSSM,
     MambaBlock,
+    SourceRefinement,
     TokenExchange,
     UpsampledConv,
     swap_channels,
@@ -268,3 +269,53 @@ def test_upsampled_conv(shape):
     leaves = (x, block.weight)
     for actual, wanted in zip(torch.autograd.grad(block(x), leaves, grad), torch.autograd.grad(expected, leaves, grad)):
         torch.testing.assert_close(actual, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (4, 5, 3)])
+@torch.no_grad()
+def test_source_refinement(shape):
+    """Against its formula, step by step."""
+    dims, channels = len(shape), 4
+    block = randomised(SourceRefinement(dims, channels, depth=2))
+    generator = torch.Generator().manual_seed(1)
+    features = torch.randn(2, channels, *shape, generator=generator)
+    images = torch.rand(2, 2, *shape, generator=generator)
+    images[0, :, 0], images[1, :, 0] = 0, 1  # black and white have no finite logit
+    weights = [x for x in block.parameters()]
+    conv = CONV[dims]
+    h = features + conv(images, *weights[:2], padding=1)
+    for first, first_bias, second, second_bias in (weights[2:6], weights[6:10]):
+        h = h + conv(F.leaky_relu(conv(h, first, first_bias, padding=1), 0.2), second, second_bias, padding=1)
+    *logits, correction = conv(h, *weights[10:], padding=1).unbind(1)
+    x, y = images.unbind(1)
+    shares = [logit.exp() / sum(other.exp() for other in logits) for logit in logits]
+    chosen = shares[0] * x + shares[1] * y + shares[2] * torch.maximum(x, y)
+    chosen = chosen.clamp(1 / 512, 511 / 512)
+    expected = 1 / (1 + (1 - chosen) / chosen * torch.exp(-correction))
+    torch.testing.assert_close(block(features, images)[:, 0], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (4, 5, 3)])
+@torch.no_grad()
+def test_source_refinement_starts_near_the_maximum(shape):
+    torch.manual_seed(0)
+    block = SourceRefinement(len(shape), 8)
+    images = torch.rand(1, 2, *shape)
+    maximum, mean = images.amax(1, keepdim=True), images.mean(1, keepdim=True)
+    torch.nn.init.zeros_(block.head.weight)
+    fused = block(torch.randn(1, 8, *shape), images)
+    # 0.787 of it and 0.107 of each image
+    torch.testing.assert_close(fused, 0.7866 * maximum + 0.2134 * mean, atol=5e-3, rtol=0)
+    assert block.eps < fused.min()
+
+
+@torch.no_grad()
+def test_source_refinement_in_half_precision():
+    """256 grey levels are told apart, although the features are bfloat16."""
+    block = SourceRefinement(2, 4)
+    torch.nn.init.zeros_(block.head.weight)
+    levels = torch.linspace(0, 1, 256).reshape(1, 1, 16, 16).repeat(1, 2, 1, 1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fused = block(torch.zeros(1, 4, 16, 16), levels)
+    assert fused.dtype == torch.float32
+    torch.testing.assert_close((255 * fused).round(), 255 * levels[:, :1], atol=0.5, rtol=0)

@@ -71,11 +71,12 @@ def test_both_images_matter(dims):
         assert (net(changed) - net(x)).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("refinement", [0, 2])
 @pytest.mark.parametrize("size", [(32, 24), (32, 16, 24)])
-def test_every_parameter_gets_a_gradient(size):
+def test_every_parameter_gets_a_gradient(size, refinement):
     """In float64 and far above rounding: a bias that a batch norm cancels gets 1e-12 and would pass for alive."""
     torch.manual_seed(0)
-    net = ClinicalFMamba(len(size)).double()
+    net = ClinicalFMamba(len(size), refinement=refinement).double()
     fused = net(images(2, 2, *size).double())
     (fused * images(*fused.shape, seed=1)).sum().backward()
     for name, parameter in net.named_parameters():
@@ -177,16 +178,16 @@ def test_raster_scan_keeps_one_direction(dims):
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-def test_refinement(dims):
-    """It adds to the features: without weights behind it, nothing changes."""
+@torch.no_grad()
+def test_refinement_takes_the_place_of_the_head(dims):
     plain, refined = network(dims), network(dims, refinement=2)
-    assert not refined.load_state_dict(plain.state_dict(), strict=False).unexpected_keys
-    image = torch.rand(1, 2, *[9] * dims)
-    expected, found = plain.eval()(image), refined.eval()(image)
-    assert not torch.equal(found, expected)
-    torch.nn.init.zeros_(refined.refinement[-2].weight)
-    torch.nn.init.zeros_(refined.refinement[-2].bias)
-    torch.testing.assert_close(refined(image), expected)
+    keys = refined.load_state_dict(plain.state_dict(), strict=False)
+    assert set(keys.unexpected_keys) == {"head.weight", "head.bias"}
+    assert {key.split(".")[0] for key in keys.missing_keys} == {"refinement"}
+    x = images(2, 2, *[19] * dims)
+    fused = refined(x)
+    assert fused.shape == (2, 1, *[19] * dims) and (fused - plain(x)).abs().max() > 1e-2
+    assert refined.refinement.units[0] is not refined.refinement.units[1]
 
 
 @pytest.mark.parametrize("strides, stride", [((1, 2, 2), 4), ((2, 1, 2), 4), ((2, 2, 1), 4), ((1, 1, 2), 2)])
@@ -202,6 +203,7 @@ def test_strides(strides, stride):
 @torch.no_grad()
 def test_more_channels():
     assert network(2, in_channels=4, out_channels=3)(images(1, 4, 16, 16)).shape == (1, 3, 16, 16)
+    assert network(2, in_channels=4, out_channels=2, refinement=1)(images(1, 4, 16, 16)).shape == (1, 2, 16, 16)
 
 
 @pytest.mark.parametrize(
@@ -213,6 +215,7 @@ def test_more_channels():
         ({"dilations": (1, 3)}, "one entry for each stage"),
         ({"strides": (2, 2, 3)}, "strides should be 1 or 2"),
         ({"strides": (1, 1, 1)}, "at least one of them 2"),
+        ({"out_channels": 3, "refinement": 1}, "the channels of a source, 1, not 3"),
         ({"scan": "zigzag"}, "no scan named 'zigzag'"),
         ({"scan": "tri_plane"}, "no scan named 'tri_plane' in 2 dimensions"),
         ({"spatial_dims": 3, "scan": "cross"}, "no scan named 'cross' in 3 dimensions"),

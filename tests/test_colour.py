@@ -158,7 +158,7 @@ def test_hue_of_real_pairs(task: str) -> None:
     folder = AANLIB / f"{task}-MRI"
     if not folder.is_dir():
         pytest.skip(f"{folder} is not there: set SHARED_DATA to the folder that holds aanlib")
-    network = ClinicalFMamba(spatial_dims=2, strides=(1, 2, 2), refinement=2).eval()
+    network = ClinicalFMamba(spatial_dims=2, refinement=4).eval()
     network.load_state_dict(torch.load(WEIGHTS, map_location="cpu", weights_only=True))
     files = sorted((folder / task).glob("*.png"))
     differences = []

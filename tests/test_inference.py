@@ -24,8 +24,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 MODELS = Path(__file__).parents[1] / "bundles" / "clinicalfmamba_fusion" / "models"
 CASES = [
-    (2, {"strides": (1, 2, 2), "refinement": 2}, MODELS / "model.pt", (37, 50)),
-    (3, {"strides": (2, 2, 2)}, MODELS / "volume" / "model.pt", (19, 24, 17)),
+    (2, {"strides": (2, 2, 2), "refinement": 4}, MODELS / "model.pt", (37, 50)),
+    (3, {"strides": (2, 2, 2), "refinement": 1}, MODELS / "volume" / "model.pt", (19, 24, 17)),
 ]
 
 

@@ -84,8 +84,7 @@ def test_windows_where_the_memory_ends(caplog: pytest.LogCaptureFixture) -> None
 
 @pytest.mark.parametrize(("dims", "size", "roi_size"), [(2, (96, 128), 96), (3, (64, 64, 48), 48)])
 def test_windows_are_equal_to_the_whole_up_to_blending(dims: int, size: tuple[int, ...], roi_size: int) -> None:
-    shape = {"strides": (1, 2, 2), "refinement": 2} if dims == 2 else {"strides": (2, 2, 2)}
-    network = ClinicalFMamba(dims, **shape).eval()
+    network = ClinicalFMamba(dims, refinement={2: 4, 3: 1}[dims]).eval()
     weights = BUNDLE / "models" / ("model.pt" if dims == 2 else "volume/model.pt")
     network.load_state_dict(torch.load(weights, weights_only=True))
     brain = digital_brain(size)

@@ -48,7 +48,7 @@ def archive(tmp_path_factory):
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     torch.manual_seed(0)
-    settings = {"channels": (8, 8, 16), "latent_depth": 1, "strides": (1, 2, 2), "refinement": 2}
+    settings = {"channels": (8, 8, 16), "latent_depth": 1, "refinement": 4}
     path = tmp_path_factory.mktemp("weights") / "model.pt"
     torch.save(build_network("clinicalfmamba", spatial_dims=2, **settings).state_dict(), path)
     return path

@@ -24,6 +24,7 @@ from custom_nets.blocks.residual_attention import ResidualPyramidAttention, doub
 from custom_nets.blocks.residual_swin import ResidualSwinBlock, SwinLayer
 from custom_nets.blocks.selective_ssm import DirectionalSSM
 from custom_nets.blocks.shared_norm import shared_batch_norms
+from custom_nets.blocks.source_refinement import SourceRefinement
 from custom_nets.blocks.token_exchange import TokenExchange, swap_channels
 from custom_nets.blocks.upsampled_conv import UpsampledConv
 
@@ -43,6 +44,7 @@ __all__ = [
     "ResidualPyramidAttention",
     "ResidualSwinBlock",
     "SobelEdges",
+    "SourceRefinement",
     "SwinLayer",
     "TokenExchange",
     "UpsampledConv",

@@ -24,6 +24,7 @@ from custom_nets.blocks import (
     CrossModalChannelAttention,
     DilatedGatedConvBlock,
     MambaBlock,
+    SourceRefinement,
     TokenExchange,
     UpsampledConv,
     recomputed,
@@ -61,9 +62,9 @@ class ClinicalFMamba(nn.Module):
             the one of the paper.
         cross_mamba: whether the modalities' tokens are fused by cross Mamba; without it they are averaged.
         cross_modal_attention: whether the sources' full-resolution features are added through channel attention.
-        refinement: convolutions with leaky ReLU on the full-resolution features before the head, which add to them. The
-            paper has none: up to the sigmoid, its path at full resolution is linear, so that which source shows can not
-            depend on what is at a pixel.
+        refinement: residual units of a :class:`custom_nets.blocks.SourceRefinement` in the place of the paper's head;
+            with 0, the paper's. Up to its sigmoid, the paper's path at full resolution is linear and the same for both
+            images, so that which of them shows can not depend on what is at a pixel.
         use_checkpoint: whether training computes the activations of encoder, Mamba blocks and decoder again in its
             backward instead of keeping them, which takes less memory and more time.
 
@@ -106,6 +107,10 @@ class ClinicalFMamba(nn.Module):
             raise ValueError("channels, strides and dilations should have one entry for each stage of the encoder.")
         if any(stride not in (1, 2) for stride in strides) or 2 not in strides:
             raise ValueError(f"strides should be 1 or 2, at least one of them 2, got {tuple(strides)}.")
+        if refinement and out_channels != in_channels // 2:
+            raise ValueError(
+                f"refinement gives the fused image the channels of a source, {in_channels // 2}, not {out_channels}."
+            )
         published_2d = spatial_dims == 2
         conv = Conv[Conv.CONV, spatial_dims]
         self.stride = math.prod(strides)
@@ -168,11 +173,8 @@ class ClinicalFMamba(nn.Module):
             incoming = outgoing
 
         self.skip = CrossModalChannelAttention(spatial_dims, features) if cross_modal_attention else None
-        self.refinement = nn.Sequential() if refinement else None
-        if self.refinement is not None:
-            for _ in range(refinement):
-                self.refinement.extend([conv(features, features, 3, padding=1), nn.LeakyReLU(0.2)])
-        self.head = conv(features, out_channels, 3, padding=1)
+        self.refinement = SourceRefinement(spatial_dims, features, out_channels, refinement) if refinement else None
+        self.head = None if refinement else conv(features, out_channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """
@@ -206,27 +208,27 @@ class ClinicalFMamba(nn.Module):
             tokens_x, tokens_y = self.exchange(tokens_x, tokens_y, encoded_x, encoded_y, spatial_shape)
         tokens = self._fuse(tokens_x, tokens_y, spatial_shape)
 
-        fused = self._decode(tokens.transpose(1, 2).unflatten(2, spatial_shape), stem)
-        # Under autocast the head gives half precision, in which a sigmoid would leave fewer than 256 grey values.
-        fused = torch.sigmoid(fused.to(x.dtype))
+        fused = self._decode(tokens.transpose(1, 2).unflatten(2, spatial_shape), stem, x)
         # a view would tie an exported program to sizes that need padding, or to ones that do not
         return F.pad(fused, [-extent for extent in padding])
 
-    def _decode(self, features: torch.Tensor, stem: torch.Tensor) -> torch.Tensor:
-        """Fused features ``(B, C, H', W'[, D'])`` and both images' full-resolution ones to the fused image's logit."""
+    def _decode(self, features: torch.Tensor, stem: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        """Fused features ``(B, C, H', W'[, D'])``, both images' full-resolution ones and the images to the fused image."""
         if not torch.jit.is_scripting():
             if self.use_checkpoint:
-                return recomputed(self, self._logit, features, stem)
-        return self._logit(features, stem)
+                return recomputed(self, self._image, features, stem, images)
+        return self._image(features, stem, images)
 
-    def _logit(self, features: torch.Tensor, stem: torch.Tensor) -> torch.Tensor:
+    def _image(self, features: torch.Tensor, stem: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
         fused = self.decoder(features)
         if self.skip is not None:
             stem_x, stem_y = stem.unflatten(0, [2, -1]).unbind(0)
             fused = self.skip(stem_x, stem_y, fused)
         if self.refinement is not None:
-            fused = fused + self.refinement(fused)
-        return self.head(fused)
+            return self.refinement(fused, images)
+        assert self.head is not None
+        # Under autocast the head gives half precision, in which a sigmoid would leave fewer than 256 grey values.
+        return torch.sigmoid(self.head(fused).to(images.dtype))
 
     def _fuse(self, x: torch.Tensor, y: torch.Tensor, spatial_shape: list[int]) -> torch.Tensor:
         """Latent tokens of the two images, each ``(B, L, C)``, to those of the fused one."""

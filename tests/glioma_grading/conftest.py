@@ -53,10 +53,9 @@ def tiny_fusion(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fusion")
     settings = {key.split("#")[1]: value for key, value in TINY_FUSION.items()}
     found = {}
-    for dims, strides, refinement in ((2, (1, 2, 2), 2), (3, (2, 2, 2), 0)):
+    for dims, refinement in ((2, 4), (3, 1)):
         torch.manual_seed(dims)
-        shape = {"spatial_dims": dims, "strides": strides, "refinement": refinement}
-        network = build_network("clinicalfmamba", **shape, **settings)
+        network = build_network("clinicalfmamba", spatial_dims=dims, refinement=refinement, **settings)
         torch.save(network.state_dict(), folder / f"fusion{dims}d.pt")
         found[dims] = {"fusion_weights": str(folder / f"fusion{dims}d.pt"), "fusion_overrides": TINY_FUSION}
     return found

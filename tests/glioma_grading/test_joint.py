@@ -39,7 +39,7 @@ def fusion(tiny_fusion):
 
 
 def small_joint():
-    fusion = build_network("clinicalfmamba", spatial_dims=2, strides=(1, 2, 2), refinement=2, **TINY)
+    fusion = build_network("clinicalfmamba", spatial_dims=2, refinement=4, **TINY)
     return JointNetwork(fusion, ClinicalFMambaClassifier(2, strides=(1, 2, 2), **TINY))
 
 

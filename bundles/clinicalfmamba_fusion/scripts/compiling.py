@@ -19,7 +19,14 @@ from typing import Any
 
 import torch
 
-from custom_nets.blocks import CrossMambaBlock, DilatedGatedConvBlock, DirectionalSSM, MambaBlock, TokenExchange
+from custom_nets.blocks import (
+    CrossMambaBlock,
+    DilatedGatedConvBlock,
+    DirectionalSSM,
+    MambaBlock,
+    SourceRefinement,
+    TokenExchange,
+)
 
 __all__ = ["BlockCompiler", "CompiledForward", "channels_last", "prepare_network"]
 
@@ -33,6 +40,7 @@ BLOCKS: dict[type[torch.nn.Module], str] = {
     CrossMambaBlock: "_forward",
     DilatedGatedConvBlock: "_forward",
     TokenExchange: "forward",
+    SourceRefinement: "forward",
     DirectionalSSM: "forward",
 }
 
