@@ -26,6 +26,7 @@ MODELS = Path(__file__).parents[1] / "bundles" / "clinicalfmamba_fusion" / "mode
 CASES = [
     (2, {"strides": (2, 2, 2), "refinement": 4}, MODELS / "model.pt", (37, 50)),
     (3, {"strides": (2, 2, 2), "refinement": 1}, MODELS / "volume" / "model.pt", (19, 24, 17)),
+    (3, {"strides": (2, 2, 2)}, MODELS / "volume" / "without_refinement.pt", (19, 24, 17)),
 ]
 
 

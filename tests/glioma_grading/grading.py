@@ -24,7 +24,7 @@ BUNDLE = ROOT / "bundles" / "glioma_grading"
 FUSION = ROOT / "bundles" / "clinicalfmamba_fusion"
 CONFIGS = BUNDLE / "configs"
 
-TINY_FUSION = {"network_def#channels": [8, 8, 16], "network_def#latent_depth": 1}
+TINY_FUSION = {"network_def#channels": [8, 8, 16], "network_def#latent_depth": 1, "network_def#refinement": 1}
 NETWORK = {"network_def#block_inplanes": [8, 16, 32, 64], "network_def#conv1_t_size": 3}
 COMMON = {**NETWORK, "device": "cpu", "num_workers": 0, "image_size": [48, 56], "num_slices": 4}
 QUIET = {"tensorboard": False, "progress": False}

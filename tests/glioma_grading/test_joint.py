@@ -20,12 +20,13 @@ from custom_nets.nets import ClinicalFMambaClassifier, build_network
 from scripts.fusion import FusionBundle
 from scripts.joint import JointLoss, JointNetwork, load_encoder, load_parts
 
-TINY = {"channels": [8, 8, 16], "latent_depth": 1}
+TINY = {key.split("#")[1]: value for key, value in TINY_FUSION.items()}
+ENCODER = {"channels": [8, 8, 16], "latent_depth": 1}
 JOINT = {f"network_def#fusion#{key}": value for key, value in TINY.items()}
 JOINT |= {
     f"network_def#grader#{key}": value for key, value in {"block_inplanes": [8, 8, 8, 8], "conv1_t_size": 3}.items()
 }
-MAMBA = {f"network_def#{key}": value for key, value in TINY.items()}
+MAMBA = {f"network_def#{key}": value for key, value in ENCODER.items()}
 
 
 def without_network(settings):
@@ -39,8 +40,8 @@ def fusion(tiny_fusion):
 
 
 def small_joint():
-    fusion = build_network("clinicalfmamba", spatial_dims=2, refinement=4, **TINY)
-    return JointNetwork(fusion, ClinicalFMambaClassifier(2, strides=(1, 2, 2), **TINY))
+    fusion = build_network("clinicalfmamba", spatial_dims=2, **TINY)
+    return JointNetwork(fusion, ClinicalFMambaClassifier(2, **ENCODER))
 
 
 class TestJointNetwork:
@@ -64,7 +65,7 @@ class TestJointNetwork:
             torch.testing.assert_close(network(images), network.grader(network.fusion(images)))
 
     def test_starts_where_its_parts_ended(self, fusion, tmp_path):
-        grader = ClinicalFMambaClassifier(2, strides=(1, 2, 2), **TINY)
+        grader = ClinicalFMambaClassifier(2, **ENCODER)
         torch.save(grader.state_dict(), tmp_path / "grader.pt")
         network = small_joint()
         load_parts(network, fusion, tmp_path / "grader.pt")
@@ -74,7 +75,7 @@ class TestJointNetwork:
 
 
 def test_the_fusion_encoder_is_taken_over(fusion, tiny_fusion):
-    network = ClinicalFMambaClassifier(2, strides=(1, 2, 2), **TINY)
+    network = ClinicalFMambaClassifier(2, **ENCODER)
     load_encoder(network, fusion)
     expected = fusion.load_network()
     assert torch.equal(network.stem.weight, expected.stem.weight)
