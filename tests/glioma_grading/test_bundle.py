@@ -239,7 +239,7 @@ class TestChain:
 
     def test_another_fusion_network_is_flagged(self, few_patients, tiny_fusion, trained, tmp_path):
         weights = torch.load(tiny_fusion[3]["fusion_weights"], weights_only=True)
-        weights["head.bias"] += 0.1
+        weights["refinement.head.bias"] += 0.1
         torch.save(weights, tmp_path / "other.pt")
         settings = tiny_fusion[3] | {"fusion_weights": str(tmp_path / "other.pt"), "cache_dir": str(tmp_path / "cache")}
         files = TestInference().files(few_patients, "glioma_100")

@@ -53,7 +53,7 @@ class TestJointNetwork:
             network.zero_grad()
             loss = JointLoss(fusion.part("loss"), torch.nn.CrossEntropyLoss(), weight)(network(images), labels)
             loss.backward()
-            found[weight] = loss.item(), network.fusion.head.weight.grad.clone()
+            found[weight] = loss.item(), network.fusion.refinement.head.weight.grad.clone()
             assert all(p.grad is not None for p in network.grader.parameters())
         assert found[0.0][1].abs().sum() > 0, "the grade alone trains the fusion network"
         assert found[0.5][0] > found[0.0][0] and not torch.allclose(found[0.0][1], found[0.5][1])
