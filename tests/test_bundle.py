@@ -362,6 +362,22 @@ class TestProperties:
         loaded = monai.bundle.load("fusion", bundle_dir=tmp_path, net_override=settings)
         assert_same(dict(loaded.state_dict()), dict(weights))
 
+    @pytest.mark.parametrize(
+        ("configs", "stride", "units"),
+        [
+            (["train"], 8, 4),
+            (["train", "volume"], 8, 1),
+            (["train", "paper_loss"], 4, 0),
+            (["train", "paper_loss", "volume"], 8, 0),
+            (["inference", "volume", "volume_without_refinement"], 8, 0),
+        ],
+    )
+    def test_networks_of_the_configs(self, configs, stride, units):
+        flow = workflow(*configs, kind="infer" if "inference" in configs else "train", **NETWORK)
+        network = flow.parser.get_parsed_content("network_def")
+        found = 0 if network.refinement is None else len(network.refinement.units)
+        assert (network.stride, found) == (stride, units) and (network.head is None) == (units > 0)
+
     @pytest.mark.parametrize("n", [1, 2])
     @pytest.mark.parametrize("volume", [False, True], ids=["2d", "3d"])
     def test_input_and_output_are_as_described(self, volume, n):
