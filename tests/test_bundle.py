@@ -425,7 +425,7 @@ class TestResume:
         for seed in (0, 1):
             flow, _ = self.start(slices, tmp_path, max_epochs=1, seed=seed)
             flow.run()
-            weights.append(torch.load(tmp_path / "model.pt", weights_only=True)["head.weight"])
+            weights.append(torch.load(tmp_path / "model.pt", weights_only=True)["refinement.head.weight"])
         assert not torch.equal(*weights)
 
 

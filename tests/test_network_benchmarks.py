@@ -52,7 +52,10 @@ class TestCost:
         taps = 3 ** len(size)
         # two multiply-adds for two images, 1 to 32 channels; image and weights in, features out
         assert costs["stem"] == [2 * 2 * voxels * 32 * taps, 2 * (2 * voxels * (1 + 32) + 32 * taps + 32)]
-        assert costs["head"] == [2 * voxels * 32 * taps, 2 * (voxels * (1 + 32) + 32 * taps + 1)]
+        # of the images, in the residual units, and to three shares and a correction
+        convs = [(2, 32), *[(32, 32)] * {2: 8, 3: 2}[len(size)], (32, 4)]
+        moved = sum(voxels * (n + m) + n * m * taps + m for n, m in convs)
+        assert costs["refinement"] == [2 * voxels * taps * sum(n * m for n, m in convs), 2 * moved]
         # two products of 32 x 32 for each image
         assert costs["channel attention (CMCA)"][0] == 2 * 4 * voxels * 32 * 32
         assert "other" not in costs
