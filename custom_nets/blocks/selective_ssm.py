@@ -29,8 +29,8 @@ from custom_nets.ops import (
 
 __all__ = ["DirectionalSSM"]
 
-# Elements of the content of several directions above which they are walked in groups where there are no gradients: that
-# takes less memory, and on a CPU what a group needs stays in the cache from kernel to kernel.
+# Elements of the content of several directions above which they are walked in groups: what only one group needs at a
+# time, forward or backward, takes less memory, and on a CPU it stays in the cache from kernel to kernel.
 AT_ONCE = 2**24
 
 
@@ -107,13 +107,12 @@ class DirectionalSSM(nn.Module):
         """The same by kernels that walk raster tokens in the order of each direction: no copies in that order."""
         directions = len(self.orders)
         group = directions
-        # with gradients, everything is kept anyway
-        while group > 1 and group * x.numel() > AT_ONCE and not torch.is_grad_enabled():
+        while group > 1 and group * x.numel() > AT_ONCE:
             group = (group + 1) // 2
         total = self._walk_group(x, spatial_shape, condition, slice(0, group))
         for first in range(group, directions, group):
             total += self._walk_group(x, spatial_shape, condition, slice(first, first + group))
-        return total / directions
+        return total.div_(directions)
 
     @torch.jit.unused
     def _walk_group(
