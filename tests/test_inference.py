@@ -88,4 +88,6 @@ def test_every_network(name):
             x.add_(0.1 * (torch.rand_like(x) - 0.5))
     expected = network.eval()(image)
     assert expected.isfinite().all()
-    torch.testing.assert_close(prepare_for_inference(network)(image), expected, atol=1e-5, rtol=1e-5)
+    # a pixel is rounded as those are that it was made from: with such weights, MSRPAN's reach 180
+    largest = max(1.0, float(expected.abs().max()))
+    torch.testing.assert_close(prepare_for_inference(network)(image), expected, atol=1e-5 * largest, rtol=0.0)

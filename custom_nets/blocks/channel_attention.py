@@ -47,16 +47,16 @@ class CrossModalChannelAttention(nn.Module):
         # product in half precision otherwise.
         weight, bias = self.value.weight.flatten(1), self.value.bias
         assert bias is not None
-        total = bias.unsqueeze(1) * (of_x + of_y)
-        total = total.expand_as(x).clone() if residual is None else residual.flatten(2) + total
-        rows = total.to(x.dtype).transpose(1, 2).contiguous()
+        shift = (bias.unsqueeze(1) * (of_x + of_y)).to(x.dtype).transpose(1, 2)
+        rows = shift.expand(-1, x.shape[2], -1) if residual is None else residual.flatten(2).transpose(1, 2) + shift
+        rows = rows.to(x.dtype).contiguous()
         rows.baddbmm_(y.transpose(1, 2), (weight * of_x).to(x.dtype).transpose(1, 2))
         rows.baddbmm_(x.transpose(1, 2), (weight * of_y).to(x.dtype).transpose(1, 2))
-        return rows.transpose(1, 2).unflatten(2, spatial_shape)
+        return rows.unflatten(1, spatial_shape).movedim(-1, 1)
 
     def _weights(self, x: torch.Tensor) -> torch.Tensor:
         """Features ``(B, channels, L)`` to the weights of the other modality's channels, ``(B, channels, 1)``."""
-        features = torch.matmul(self.attention.weight.flatten(1), x)
-        pooled, bias = features.amax(2, keepdim=True) + features.mean(2, keepdim=True), self.attention.bias
+        features = torch.matmul(x.transpose(1, 2), self.attention.weight.flatten(1).t())
+        pooled, bias = features.amax(1) + features.mean(1), self.attention.bias
         assert bias is not None
-        return torch.sigmoid(pooled + 2 * bias.unsqueeze(1))
+        return torch.sigmoid(pooled + 2 * bias).unsqueeze(2)

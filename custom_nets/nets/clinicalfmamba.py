@@ -208,7 +208,7 @@ class ClinicalFMamba(nn.Module):
             tokens_x, tokens_y = self.exchange(tokens_x, tokens_y, encoded_x, encoded_y, spatial_shape)
         tokens = self._fuse(tokens_x, tokens_y, spatial_shape)
 
-        fused = self._decode(tokens.transpose(1, 2).unflatten(2, spatial_shape), stem, x)
+        fused = self._decode(tokens.unflatten(1, spatial_shape).movedim(-1, 1), stem, x)
         # a view would tie an exported program to sizes that need padding, or to ones that do not
         return F.pad(fused, [-extent for extent in padding])
 
@@ -222,7 +222,10 @@ class ClinicalFMamba(nn.Module):
     def _image(self, features: torch.Tensor, stem: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
         fused = self.decoder(features)
         if self.skip is not None:
-            stem_x, stem_y = stem.unflatten(0, [2, -1]).unbind(0)
+            # With voxels as rows, the gradients of both images are put together as they come, channels last; those of
+            # an image or a volume would not be, since nothing tells the layout of a single one.
+            rows = stem.flatten(2).transpose(1, 2).split([images.shape[0], images.shape[0]])
+            stem_x, stem_y = [part.transpose(1, 2).unflatten(2, stem.shape[2:]) for part in rows]
             fused = self.skip(stem_x, stem_y, fused)
         if self.refinement is not None:
             return self.refinement(fused, images)
