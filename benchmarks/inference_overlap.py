@@ -26,6 +26,7 @@ Whatever else is given overrides the bundle's configs. Folders are in the page c
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -116,8 +117,9 @@ def main(
     where = torch.device(device)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        phantom_folder(folder / "first", size, 1)
         phantom_folder(folder / "data", size, cases)
+        case = next((folder / "data").rglob("*_t2.nii.gz")).parent
+        shutil.copytree(case, folder / "first" / case.name)
         fuse(folder / "first", folder / "fused_first", device=where, **overrides)
         seconds = fuse(folder / "data", folder / "fused", device=where, **overrides)
         written = len(list((folder / "fused").glob("*/*_fused.nii.gz")))

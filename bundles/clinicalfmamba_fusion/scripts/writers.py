@@ -66,7 +66,7 @@ class CaseWriters:
         Returns:
             the cases that have failed since the last call, each with the reason.
         """
-        item = {key: _on_host(value) for key, value in item.items()}
+        item = {key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in item.items()}
         self.start()
         assert self._pool is not None
         try:
@@ -112,13 +112,6 @@ class CaseWriters:
                 if reason:
                     failures.append((case, reason))
         return failures
-
-
-def _on_host(value: Any) -> Any:
-    """A tensor on the CPU; from a GPU in pinned memory, which is used again and takes the copy at full speed."""
-    if isinstance(value, torch.Tensor) and value.is_cuda:
-        return torch.empty_like(value, device="cpu", pin_memory=True).copy_(value)
-    return value.cpu() if isinstance(value, torch.Tensor) else value
 
 
 def _begin(postprocessing: Callable[[Mapping[Hashable, Any]], Any]) -> None:
