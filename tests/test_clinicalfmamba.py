@@ -335,6 +335,34 @@ def test_checkpoints(dims):
     torch.testing.assert_close(again, plain, atol=1e-7, rtol=1e-4)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("size", [(16, 24), (16, 24, 8)])
+def test_channels_last_stays(size, batch):
+    """The layout can be told from the strides, of one image as of several, forward and backward: cuDNN goes by them."""
+    network = ClinicalFMamba(len(size), refinement=1)
+    layout = torch.channels_last if len(size) == 2 else torch.channels_last_3d
+    strides = {}
+
+    def expected(x):
+        return torch.empty(x.shape).to(memory_format=layout).stride()
+
+    def note(name, x):
+        strides[name] = (x.stride(), expected(x))
+
+    def as_on_a_gpu(_module, _inputs, output):
+        output = output.contiguous(memory_format=layout)
+        output.register_hook(lambda gradient: note("gradient of the stem", gradient))
+        return output
+
+    network.stem.register_forward_hook(as_on_a_gpu)
+    network.decoder.register_forward_pre_hook(lambda _, inputs: note("input of the decoder", inputs[0]))
+    network.refinement.register_forward_pre_hook(lambda _, inputs: note("input of the refinement", inputs[0]))
+    network(torch.rand(batch, 2, *size)).sum().backward()
+    assert len(strides) == 3
+    for name, (found, wanted) in strides.items():
+        assert found == wanted, name
+
+
 def test_registry(monkeypatch):
     monkeypatch.setattr(registry, "_NETWORKS", dict(registry._NETWORKS))
     net = build_network("clinicalfmamba", spatial_dims=3, **SMALL)
