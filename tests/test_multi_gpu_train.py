@@ -88,7 +88,8 @@ def test_same_curve_as_one_process_with_twice_the_batch(tmp_path):
 
     assert len(expected) == 3 * 3 and len(steps) == 2
     assert all(last < 0.99 * first for first, last in zip(expected[:3], expected[-3:])), "it learns from every batch"
-    assert not np.allclose(*steps, rtol=0.01), "each process has cases of its own"
+    # what is equal is so within 1e-3, as below
+    assert not np.allclose(*steps, rtol=1e-3), "each process has cases of its own"
     np.testing.assert_allclose(np.mean(steps, axis=0), expected, rtol=1e-3)
     for ranks in validations:
         assert ranks == [pytest.approx(metrics, rel=1e-3) for metrics in validated]
