@@ -213,7 +213,7 @@ class ClinicalFMamba(nn.Module):
         return F.pad(fused, [-extent for extent in padding])
 
     def _decode(self, features: torch.Tensor, stem: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-        """Fused features ``(B, C, H', W'[, D'])``, both images' at full resolution, and the images to the fused image."""
+        """Fused features ``(B, C, H', W'[, D'])``, both images' at full resolution and the images to the fused one."""
         if not torch.jit.is_scripting():
             if self.use_checkpoint:
                 return recomputed(self, self._image, features, stem, images)
