@@ -111,7 +111,7 @@ class _Pair:
             spacing = affine_to_spacing(fixed.affine.double(), 2).tolist()
             self.to_frame = np.diag([*spacing, 1.0, 1.0]) @ np.linalg.inv(fixed.affine.double().numpy())
         self.fixed, self.moving = _prepared(fixed), _prepared(moving)
-        self.extent = max(n * s for n, s in zip(fixed.shape[1:], affine_to_spacing(fixed.affine, self.dims).tolist()))
+        self.extent = _extent(fixed)
         coarse = shrink(self.fixed, self.extent * COMPARED[self.dims])
         self.coarse_fixed, self.values = coarse, coarse.numpy().ravel()
         grid = np.indices(coarse.shape[1:], dtype=np.float64).reshape(self.dims, -1)
@@ -145,6 +145,11 @@ class _Pair:
         other = covered & (moved > self.coarse_moving.numpy().mean())
         dice = 2 * (foreground & other).sum() / max(foreground.sum() + other.sum(), 1)
         return normalised_mutual_information(self.values[covered], moved[covered]), float(dice), share
+
+
+def _extent(image: MetaTensor) -> float:
+    """The longest side in mm."""
+    return float(max(n * s for n, s in zip(image.shape[1:], affine_to_spacing(image.affine, image.ndim - 1).tolist())))
 
 
 def _prepared(image: MetaTensor) -> MetaTensor:
@@ -309,7 +314,9 @@ def misfit(fixed: MetaTensor, moving: MetaTensor) -> float:
         fixed: ``(C, H, W[, D])``.
         moving: ``(C, H', W'[, D'])``, with affines (RAS) that say where both lie.
     """
-    return _misfit(_Pair(fixed, moving), np.eye(4))
+    # in voxels of that size it is compared anyway; what comes before then takes a tenth of the time
+    spacing = _extent(fixed) * COMPARED[fixed.ndim - 1] / 2
+    return _misfit(_Pair(shrink(fixed, spacing), shrink(moving, spacing)), np.eye(4))
 
 
 def save_transform(alignment: Alignment, path: str | os.PathLike) -> None:
