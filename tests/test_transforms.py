@@ -123,6 +123,16 @@ def test_two_volumes_and_one_file_with_two_channels(tmp_path: Path) -> None:
     np.testing.assert_array_equal(pair.numpy(), np.moveaxis(both, -1, 0))
 
 
+def test_fields_of_a_nifti_header_are_not_carried_along(tmp_path: Path) -> None:
+    affine = np.diag([1.0, 2.0, 3.0, 1.0])
+    for name in ("a", "b"):
+        nib.save(nib.Nifti1Image(np.ones((4, 5, 6), np.float32), affine), tmp_path / f"{name}.nii.gz")
+    pair, _ = LoadPair()([tmp_path / "a.nii.gz", tmp_path / "b.nii.gz"])
+    assert not set(nib.Nifti1Header()) & set(pair.meta)
+    np.testing.assert_array_equal(pair.affine, affine)
+    assert pair.meta["filename_or_obj"] == str(tmp_path / "a.nii.gz")
+
+
 def test_bad_files(tmp_path: Path) -> None:
     small, large = random_image(16, 16), random_image(16, 18)
     a, b = save_png(tmp_path / "a.png", small), save_png(tmp_path / "b.png", large)

@@ -23,6 +23,7 @@ from monai.config import DtypeLike, KeysCollection
 from monai.data import MetaTensor, PILReader
 from monai.transforms import LoadImage, MapTransform, Transform
 from monai.utils import ImageMetaKey, convert_to_tensor, get_equivalent_dtype
+from nibabel import Nifti1Header
 from PIL import Image
 
 from scripts.colour import check_colour_space, join_colour, split_colour
@@ -40,6 +41,8 @@ __all__ = [
 ]
 
 AFFINE_TOLERANCE = 1e-3
+# Nothing reads these once the affine is known, and each would go from process to process as a tensor of its own.
+NIFTI_HEADER = frozenset(Nifti1Header.template_dtype.names)
 
 
 def _grey_or_rgb(picture: Image.Image) -> Image.Image:
@@ -114,9 +117,12 @@ class LoadPair(Transform):
         if not file.exists():
             raise FileNotFoundError(f"{file} does not exist.")
         try:
-            return self._load(file, self._picture_reader if file.name.lower().endswith(PICTURES) else None)
+            image = self._load(file, self._picture_reader if file.name.lower().endswith(PICTURES) else None)
         except Exception as error:  # each of MONAI's readers raises its own kind
             raise ValueError(f"{file} can not be read as an image: replace it, or take its pair out.") from error
+        for field in NIFTI_HEADER.intersection(image.meta):
+            del image.meta[field]
+        return image
 
 
 def _grey(image: MetaTensor, file: Path, colour_space: str) -> tuple[torch.Tensor, torch.Tensor | None]:
