@@ -27,8 +27,11 @@ from ignite.engine import Engine, Events
 from monai.bundle import ConfigWorkflow
 from PIL import Image
 
+from scripts import compiling
 from scripts.cases import CaseDataset, FinishCased, find_cases
+from scripts.dataloader import EarlyDataLoader
 from scripts.phantom import digital_brain, write
+from scripts.writers import CaseWriters
 
 BUNDLE = Path(__file__).resolve().parents[1] / "bundles" / "clinicalfmamba_fusion"
 NETWORK = {"network_def#channels": [8, 8, 16], "network_def#latent_depth": 1, "device": "cpu", "num_workers": 0}
@@ -159,6 +162,23 @@ def test_failing_cases_are_listed_and_the_others_finished(weights: dict, tmp_pat
     assert (tmp_path / "out" / "a" / "a_fused.nii.gz").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="are finished: set resume to false"):
         find_cases(tmp_path / "in", ["t2", "flair"], finished=(tmp_path / "out", ".nii.gz"))
+
+
+def test_processes_start_before_the_network_is_built(
+    weights: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_volumes(tmp_path / "in", "a", "b")
+    settings = {"checkpoint": weights[3], "output_dir": str(tmp_path / "out"), "dataset_dir": str(tmp_path / "in")}
+    flow = workflow(["inference", "volume"], num_writers=1, **settings | {"num_workers": 1})
+    called = []
+    for place in (EarlyDataLoader, CaseWriters):
+        start = place.start
+        monkeypatch.setattr(place, "start", lambda self, start=start: (called.append(type(self)), start(self)))
+    prepare = compiling.prepare_network
+    monkeypatch.setattr(compiling, "prepare_network", lambda **kwargs: called.append("network") or prepare(**kwargs))
+    flow.run()
+    assert called[:3] == [EarlyDataLoader, CaseWriters, "network"]
+    assert {"a/a_fused.nii.gz", "b/b_fused.nii.gz"} <= set(names(tmp_path / "out"))
 
 
 def test_what_is_being_written_when_a_run_is_interrupted_is_finished(weights: dict, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import subprocess
@@ -18,6 +19,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from scripts.memory import forking
 
 BUNDLE = Path(__file__).parents[1] / "bundles" / "clinicalfmamba_fusion"
 CODE = """
@@ -40,3 +43,13 @@ def test_freed_memory_is_used_again(variable, expected):
     environment |= {"PYTHONPATH": str(BUNDLE), "OMP_NUM_THREADS": "1", **({variable: "2"} if variable else {})}
     result = subprocess.run([sys.executable, "-c", CODE], env=environment, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == expected
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+def test_a_fork_does_not_collect_what_it_inherits():
+    with forking():
+        child = os.fork()
+        if child == 0:
+            os._exit(int(gc.get_freeze_count() == 0))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert gc.get_freeze_count() == 0

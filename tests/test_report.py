@@ -31,7 +31,7 @@ from PIL import Image
 
 from scripts.colour_maps import ColourMapd
 from scripts.metrics import EntropyMetric, FusionPSNRMetric, FusionSSIMMetric
-from scripts.report import CaseTimer, SaveReportd
+from scripts.report import CaseMetrics, CaseTimer, SaveReportd
 from scripts.report_images import colour_difference
 from scripts.report_index import ReportIndex, write_index
 from scripts.views import CaseImages
@@ -39,6 +39,7 @@ from scripts.views import CaseImages
 VOID = {"meta", "img", "input", "br", "link"}
 HOSTILE = "<script>alert(1)<&\"'%20#.x"
 METRICS = {"ssim": FusionSSIMMetric(), "psnr": FusionPSNRMetric(), "entropy": EntropyMetric()}
+VALUES = {"ssim": 0.5125, "psnr": 21.25, "entropy": float("nan")}
 INFO = {
     "case": "case1",
     "inputs": [
@@ -99,7 +100,8 @@ def item(*shape: int, case: str = "case1", seed: int = 0) -> dict:
 
 
 def save(folder: Path, data: dict, case: str = "case1", **kwargs) -> tuple[Page, dict, str]:
-    returned = SaveReportd(output_dir=folder, metrics=METRICS, **kwargs)(data)
+    data = {"metrics": VALUES, **data}
+    returned = SaveReportd(output_dir=folder, **kwargs)(data)
     assert returned.keys() == data.keys() and returned["pred"] is data["pred"]
     assert sorted(path.name for path in (folder / case).iterdir()) == [f"{case}_report.html", f"{case}_report.json"]
     text = (folder / case / f"{case}_report.html").read_text(encoding="utf-8")
@@ -143,10 +145,8 @@ def test_slice(tmp_path: Path) -> None:
     # pixels are 1 x 2 mm
     assert "aspect-ratio: 0.6250" in text and not page.all("canvas") and not page.all("script")
 
-    for name, metric in METRICS.items():
-        value = metric(data["pred"].as_tensor()[None], data["image"].as_tensor()[None])
-        metric.reset()
-        assert record["metrics"][name] == pytest.approx(float(value)) and f"{float(value):.3f}" in page.words
+    assert record["metrics"] == {"ssim": 0.5125, "psnr": 21.25, "entropy": None}, "JSON has no NaN"
+    assert all(f"{value:.3f}" in page.words for value in (0.5125, 21.25))
     sha = hashlib.sha256(b"weights").hexdigest()
     assert record["provenance"]["weights"] == {"file": "model.pt", "sha256": sha} and sha in page.words
     for word in ("model.pt", f"PyTorch {torch.__version__}", "ClinicalFMamba", "CPU, ", "40 × 32", "1.00 × 2.00"):
@@ -229,7 +229,6 @@ def test_what_is_wrong_with_the_images(tmp_path: Path) -> None:
         "The fused image holds values that are no numbers.",
     ]
     assert all(warning in page.words for warning in record["warnings"])
-    assert record["metrics"]["ssim"] is None, "JSON has no NaN"
 
 
 def test_hostile_names(tmp_path: Path) -> None:
@@ -247,6 +246,59 @@ def test_hostile_names(tmp_path: Path) -> None:
     )
 
 
+def evaluator_of(items: list[dict], folder: Path, *handlers: object) -> SupervisedEvaluator:
+    """Evaluator of batches of two, whose network gives the mean of its sources."""
+    sources = [{k: v for k, v in item.items() if k != "pred"} for item in items]
+    return SupervisedEvaluator(
+        device="cpu",
+        val_data_loader=DataLoader(Dataset(sources), batch_size=2),
+        network=torch.nn.Identity(),
+        inferer=lambda inputs, network: inputs.mean(1, keepdim=True),
+        postprocessing=Compose([SaveReportd(output_dir=folder)]),
+        val_handlers=list(handlers),
+    )
+
+
+def record_of(folder: Path, case: str) -> dict:
+    return json.loads((folder / case / f"{case}_report.json").read_text())
+
+
+def test_the_network_is_timed(tmp_path: Path) -> None:
+    timer = CaseTimer()
+    evaluator_of([item(16, 16)], tmp_path, timer).run()
+    seconds = record_of(tmp_path, "case1")["seconds"]
+    assert 0 < seconds < 30 and seconds == timer.seconds
+
+
+class TestCaseMetrics:
+    def test_each_image_has_its_own(self, tmp_path: Path) -> None:
+        items = [item(24, 20, case=f"c{seed}", seed=seed) for seed in range(3)]
+        items[1]["image"][0, 3, 3] = float("nan")
+        evaluator_of(items, tmp_path, CaseMetrics(METRICS)).run()
+        for number in (0, 2):
+            sources = items[number]["image"].as_tensor()[None]
+            found = record_of(tmp_path, f"c{number}")["metrics"]
+            assert list(found) == list(METRICS)
+            for name, metric in METRICS.items():
+                assert found[name] == pytest.approx(float(metric(sources.mean(1, keepdim=True), sources)))
+                metric.reset()
+        assert record_of(tmp_path, "c1")["metrics"] == dict.fromkeys(METRICS)
+
+    def test_where_the_memory_of_a_gpu_ends(self, tmp_path: Path) -> None:
+        class Full(FusionSSIMMetric):
+            calls = 0
+
+            def scores(self, fused: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
+                self.calls += 1
+                if self.calls == 1:
+                    raise torch.cuda.OutOfMemoryError
+                return super().scores(fused, sources)
+
+        metric = Full()
+        evaluator_of([item(24, 20)], tmp_path, CaseMetrics({"ssim": metric})).run()
+        assert metric.calls == 2 and 0 < record_of(tmp_path, "case1")["metrics"]["ssim"] < 1
+
+
 class TestIndex:
     def test_sums_up_what_is_there(self, tmp_path: Path) -> None:
         save(tmp_path, item(40, 32, case="b"), case="b")
@@ -259,7 +311,8 @@ class TestIndex:
         assert [a["href"] for a in page.all("a") if "tabindex" not in a] == ["a/a_report.html", "b/b_report.html"]
         assert "MR + PT" in page.words and INFO["warnings"][0] in page.words
         # one of the two has no metrics
-        assert page.words.count("–") == 3 + 1 + 2 and "SSIM" in page.words
+        # one of the two has no metrics, the other no entropy
+        assert page.words.count("–") == 3 + 2 + 2 and "SSIM" in page.words
         assert max(picture(image["src"]).shape[:2] == (96, 60) for image in page.all("img"))
 
         (tmp_path / "failed.csv").write_text("case\n")
@@ -270,20 +323,8 @@ class TestIndex:
         assert "1 fused case " in words and "failed.csv" in words
         assert not list(tmp_path.rglob(".*")), "a temporary file is left"
 
-    def run(
-        self, folder: Path, cases: list[str], timer: CaseTimer | None = None, seen: list[int] | None = None
-    ) -> None:
-        timer = timer or CaseTimer()
-        transform = Compose([SaveReportd(output_dir=folder, metrics=METRICS)])
-        items = [{k: v for k, v in item(16, 16, case=case).items() if k != "pred"} for case in cases]
-        evaluator = SupervisedEvaluator(
-            device="cpu",
-            val_data_loader=DataLoader(Dataset(items), batch_size=2),
-            network=torch.nn.Conv2d(2, 1, 1),
-            inferer=lambda inputs, network: MetaTensor(network(inputs.as_tensor())).copy_meta_from(inputs),
-            postprocessing=transform,
-            val_handlers=[timer, ReportIndex(folder, interval=0)],
-        )
+    def run(self, folder: Path, cases: list[str], seen: list[int] | None = None) -> None:
+        evaluator = evaluator_of([item(16, 16, case=case) for case in cases], folder, ReportIndex(folder, interval=0))
         if seen is not None:
             evaluator.add_event_handler("ITERATION_COMPLETED", lambda _: seen.append(self.rows(folder)))
         evaluator.run()
@@ -298,12 +339,6 @@ class TestIndex:
         assert seen == [2, 3] and self.rows(tmp_path) == 3
         self.run(tmp_path, ["c3", "c4"])
         assert self.rows(tmp_path) == 4
-
-    def test_the_network_is_timed(self, tmp_path: Path) -> None:
-        timer = CaseTimer()
-        self.run(tmp_path, ["c1"], timer=timer)
-        record = json.loads((tmp_path / "c1" / "c1_report.json").read_text())
-        assert 0 < record["seconds"] < 30 and record["seconds"] == timer.seconds
 
     def test_not_on_the_way_before_it_is_time(self, tmp_path: Path) -> None:
         engine = Engine(lambda engine, batch: None)
@@ -367,7 +402,7 @@ class TestInABrowser:
 
     def test_table_sorts(self, tmp_path: Path) -> None:
         for index, case in enumerate(("c10", "c2", "c1")):
-            SaveReportd(output_dir=tmp_path, metrics=METRICS)(item(24, 24, case=case, seed=index))
+            SaveReportd(output_dir=tmp_path)(item(24, 24, case=case) | {"metrics": {"ssim": 0.5 + index / 10}})
         SaveReportd(output_dir=tmp_path)(item(24, 24, case="none"))
         write_index(tmp_path)
         script = """

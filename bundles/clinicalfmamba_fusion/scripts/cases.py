@@ -130,15 +130,16 @@ class CaseEvaluator(SupervisedEvaluator):
     Args:
         args: as `monai.engines.SupervisedEvaluator`, as is ``kwargs``; the loader has batches of one case.
         output_dir: folder of ``failed.csv``.
-        num_writers: processes that do the postprocessing, on the CPU, while the network runs on the next cases; with 0
-            it is done between them, where the network runs.
+        writers: processes that do the postprocessing, on the CPU, while the network runs on the next cases; without
+            them it is done between cases, where the network runs.
     """
 
-    def __init__(self, *args: Any, output_dir: str | os.PathLike, num_writers: int = 0, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, output_dir: str | os.PathLike, writers: CaseWriters | None = None, **kwargs: Any
+    ) -> None:
         self.output_dir = Path(output_dir)
-        self.num_writers = num_writers
         self.failures: list[tuple[str, str]] = []
-        self._writers: CaseWriters | None = None
+        self._writers = writers
         super().__init__(*args, **kwargs)
 
     def run(self) -> None:  # type: ignore[override]
@@ -173,10 +174,10 @@ class CaseEvaluator(SupervisedEvaluator):
         return {}
 
     def _register_postprocessing(self, posttrans: Callable) -> None:
-        if not self.num_writers:
+        writers = self._writers
+        if writers is None:
             super()._register_postprocessing(posttrans)
             return
-        self._writers = writers = CaseWriters(posttrans, self.num_writers)
         # before the loader's threads are there
         self.add_event_handler(Events.STARTED, lambda _engine: writers.start())
 

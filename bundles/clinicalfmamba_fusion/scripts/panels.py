@@ -19,6 +19,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from monai.config import KeysCollection
 from monai.transforms import MapTransform
@@ -75,7 +76,7 @@ class SavePaneld(MapTransform):
             case = case_name(d[key])
             images = CaseImages.of_item(d, key, self.image_key, self.chroma_key, self.colour_space)
             with replacing(self.output_dir / case / f"{case}_panel.png") as temporary:
-                self._draw(case, images.cuts()).savefig(temporary, dpi=DPI)
+                self._draw(case, images.cuts()).savefig(temporary, dpi=DPI, pil_kwargs={"compress_level": 3})
         return d
 
     def _draw(self, case: str, rows: Sequence[Cut]) -> Figure:
@@ -88,29 +89,32 @@ class SavePaneld(MapTransform):
         height = top + sum(heights) + (len(rows) - 1) * gap + bottom
         figure = Figure(figsize=(width, height), facecolor="white")
         FigureCanvasAgg(figure)
-        figure.text(left / width, 1 - 0.12 / height, case, ha="left", va="top", fontsize=12, fontweight="bold")
+        # one sheet in inches: axes for each picture would take longer than to draw the pictures
+        sheet = figure.add_axes((0, 0, 1, 1))
+        sheet.set_axis_off()
+        sheet.text(left, height - 0.12, case, ha="left", va="top", fontsize=12, fontweight="bold")
+        for column, title in enumerate(self.titles):
+            x = left + column * (COLUMN_INCHES + gap) + COLUMN_INCHES / 2
+            sheet.text(x, height - top + 0.07, title, ha="center", va="baseline", fontsize=11)
         limit, y = self.difference_limit, height - top
         for row, row_height in zip(rows, heights):
             y -= row_height
             for column, picture in enumerate(row.pictures):
                 x = left + column * (COLUMN_INCHES + gap)
-                axes = figure.add_axes((x / width, y / height, COLUMN_INCHES / width, row_height / height))
-                axes.set_xticks([])
-                axes.set_yticks([])
-                axes.spines[:].set_visible(False)
                 colours: dict[str, Any] = {"cmap": "gray", "vmin": 0, "vmax": 1}
                 if column == columns - 1:
                     colours = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
-                extent = (0, row.width, row.height, 0)
-                shown = axes.imshow(picture, **colours, aspect="auto", extent=extent)
                 # a plane narrower than the others stands in the middle of its column
-                axes.set_facecolor(shown.to_rgba(0.0))  # type: ignore[arg-type]
-                axes.set_xlim((row.width - COLUMN_INCHES / scale) / 2, (row.width + COLUMN_INCHES / scale) / 2)
-                if row is rows[0]:
-                    axes.set_title(self.titles[column], fontsize=11, pad=5)
-                if row.plane and column == 0:
-                    _name_edges(axes, row.plane)
+                margin = (COLUMN_INCHES - row.width * scale) / 2
+                extent = (x + margin, x + COLUMN_INCHES - margin, y, y + row_height)
+                shown = sheet.imshow(picture, **colours, aspect="auto", extent=extent)
+                ground = shown.to_rgba(0.0)  # type: ignore[arg-type]
+                sheet.add_patch(Rectangle((x, y), COLUMN_INCHES, row_height, facecolor=ground, zorder=-1))
+            if row.plane:
+                _name_edges(sheet, row.plane, left, y, row_height)
             y -= gap
+        sheet.set_xlim(0, width)
+        sheet.set_ylim(0, height)
         bar_height = min(COLUMN_INCHES, sum(heights)) * 0.9
         middle = bottom + (height - top - bottom) / 2
         bar = figure.add_axes(
@@ -122,10 +126,13 @@ class SavePaneld(MapTransform):
         return figure
 
 
-def _name_edges(axes: Axes, plane: str) -> None:
+def _name_edges(sheet: Axes, plane: str, x: float, y: float, height: float) -> None:
     _, left, upper = PLANES[plane]
     outline = withStroke(linewidth=2, foreground="black")
-    for x, y, text, align in ((0.02, 0.5, left, "left"), (0.5, 0.94, upper, "center"), (0.02, 0.05, plane, "left")):
-        axes.text(
-            x, y, text, ha=align, va="center", color="white", size=9, transform=axes.transAxes, path_effects=[outline]
-        )
+    for across, up, text, align in (
+        (0.02, 0.5, left, "left"),
+        (0.5, 0.94, upper, "center"),
+        (0.02, 0.05, plane, "left"),
+    ):
+        at = x + across * COLUMN_INCHES, y + up * height
+        sheet.text(*at, text, ha=align, va="center", color="white", size=9, path_effects=[outline])

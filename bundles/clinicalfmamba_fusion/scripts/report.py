@@ -33,13 +33,13 @@ from monai.engines import IterationEvents
 from monai.transforms import MapTransform
 from monai.utils import convert_to_tensor
 
-from scripts.colour import check_colour_space, split_colour
+from scripts.colour import check_colour_space
 from scripts.data import replacing
 from scripts.metrics import FusionMetric
 from scripts.report_images import colour_difference, picture_uri, thumbnail_uri, volume_mosaics
 from scripts.views import PLANES, CaseImages, Cut, case_name, view_titles
 
-__all__ = ["METRIC_NAMES", "CaseTimer", "SaveReportd", "render"]
+__all__ = ["METRIC_NAMES", "CaseMetrics", "CaseTimer", "SaveReportd", "render"]
 
 # short names and what they say, for the metrics that the bundle's configs name so
 METRIC_NAMES = {
@@ -83,14 +83,57 @@ class CaseTimer:
         engine.state.batch["seconds"] = [self.seconds] * len(pred)  # type: ignore[index, call-overload]
 
 
+class CaseMetrics:
+    """
+    Ignite handler that measures fused images where the network left them: a GPU needs milliseconds for what keeps a
+    core busy for a second. Each item gets its values by name as ``metrics``, for `SaveReportd`; NaN where the fused
+    image holds values that are no numbers.
+
+    Args:
+        metrics: the metrics to compute, by name.
+    """
+
+    def __init__(self, metrics: Mapping[str, FusionMetric]) -> None:
+        self.metrics = dict(metrics)
+
+    def attach(self, engine: Engine) -> None:
+        """
+        Args:
+            engine: one of MONAI's evaluators.
+        """
+        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self._measure)
+
+    def _measure(self, engine: Engine) -> None:
+        output: Mapping[str, torch.Tensor] = engine.state.output  # type: ignore[assignment]
+        # an image apiece: what one of them holds is nothing to the others
+        pairs = list(zip(output["pred"].split(1), output["image"].split(1)))
+        try:
+            scores = [self._scores(*pair) for pair in pairs]
+        except torch.cuda.OutOfMemoryError:
+            scores = [self._scores(*(image.cpu() for image in pair)) for pair in pairs]
+        values = {name: torch.tensor([score[name] for score in scores]) for name in self.metrics}
+        engine.state.batch["metrics"] = values  # type: ignore[index, call-overload]
+
+    def _scores(self, fused: torch.Tensor, sources: torch.Tensor) -> dict[str, float]:
+        fused, sources = (convert_to_tensor(i, track_meta=False).float() for i in (fused, sources))
+        if not fused.isfinite().all():
+            return dict.fromkeys(self.metrics, math.nan)
+        values = {}
+        with torch.inference_mode():
+            for name, metric in self.metrics.items():
+                values[name] = float(metric(fused, sources))
+                metric.reset()  # it would keep every case for an average
+        return values
+
+
 class SaveReportd(MapTransform):
     """
     Save ``<output_dir>/<case>/<case>_report.html``, one file that needs no other and no network, and what it says as
     ``<case>_report.json``, from which ``ReportIndex`` makes the page of the whole run.
 
-    It shows the pictures of ``SavePaneld`` (any slice of a volume in three planes), the metrics, the inputs and their
-    registration, warnings, versions, weights and times. It names the case; files, folders and whatever else of the
-    images' metadata are left out.
+    It shows the pictures of ``SavePaneld`` (any slice of a volume in three planes), the metrics that `CaseMetrics` has
+    left, the inputs and their registration, warnings, versions, weights and times. It names the case; files, folders
+    and whatever else of the images' metadata are left out.
 
     An item may hold a dictionary ``info_key``, all of whose keys are optional: ``"inputs"``, a list of ``{"name",
     "modality", "shape", "spacing"}``; ``"registration"``, None or ``{"kind", "translation_mm", "rotation_deg",
@@ -99,7 +142,6 @@ class SaveReportd(MapTransform):
     Args:
         keys: keys of the fused images, ``(1, H, W[, D])`` or RGB ``(3, H, W[, D])``, in [0, 1].
         output_dir: folder for the case folders.
-        metrics: the metrics to compute, by name.
         checkpoint: file of the weights, for its name and SHA-256.
         device: that of the network.
         image_key: key of the sources ``(2, H, W[, D])`` in [0, 1], in the grid of the fused image.
@@ -107,6 +149,7 @@ class SaveReportd(MapTransform):
         colour_space: that of ``LoadPaird``.
         info_key: see above.
         seconds_key: key of the time that the network took, which an item may have (see `CaseTimer`).
+        metrics_key: key of the metrics' values by name, which an item may have (see `CaseMetrics`).
         titles: names of the two sources whose modality ``info_key`` does not tell.
         difference_limit: end of the colour scale of the difference, on both sides.
         allow_missing_keys: do not raise when a key is missing.
@@ -116,7 +159,6 @@ class SaveReportd(MapTransform):
         self,
         keys: KeysCollection = "pred",
         output_dir: str | Path = "./",
-        metrics: Mapping[str, FusionMetric] | None = None,
         checkpoint: str | Path | None = None,
         device: torch.device | str = "cpu",
         image_key: str = "image",
@@ -124,13 +166,13 @@ class SaveReportd(MapTransform):
         colour_space: str = "ycbcr",
         info_key: str = "fusion_info",
         seconds_key: str = "seconds",
+        metrics_key: str = "metrics",
         titles: Sequence[str] = ("MRI", "Partner"),
         difference_limit: float = 0.5,
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         self.output_dir = Path(output_dir)
-        self.metrics = dict(metrics or {})
         self.checkpoint = checkpoint
         # now, since a process that writes must not touch the GPU
         self.device = _describe_device(torch.device(device))
@@ -139,6 +181,7 @@ class SaveReportd(MapTransform):
         self.colour_space = check_colour_space(colour_space)
         self.info_key = info_key
         self.seconds_key = seconds_key
+        self.metrics_key = metrics_key
         self.titles = tuple(titles)
         self.difference_limit = difference_limit
 
@@ -163,7 +206,7 @@ class SaveReportd(MapTransform):
             "seconds": data.get(self.seconds_key),
             "inputs": inputs,
             "registration": _registration(info.get("registration")),
-            "metrics": self._measure(data, key),
+            "metrics": {n: v if math.isfinite(v) else None for n, v in data.get(self.metrics_key, {}).items()},
             "warnings": [*(info.get("warnings") or []), *_findings(images, titles)],
             "provenance": self._provenance(),
             "thumbnail": thumbnail_uri(shown.fused, shown.height, shown.width),
@@ -196,20 +239,6 @@ class SaveReportd(MapTransform):
             }
             for source, title in zip(known, self.titles)
         ]
-
-    def _measure(self, data: Mapping[Hashable, Any], key: Hashable) -> dict[str, float | None]:
-        fused, sources = (convert_to_tensor(data[k], track_meta=False).float()[None] for k in (key, self.image_key))
-        if not fused.isfinite().all():
-            return dict.fromkeys(self.metrics)
-        if fused.shape[1] == 3:
-            fused = split_colour(fused[0], self.colour_space)[0][None]
-        values = {}
-        with torch.inference_mode():
-            for name, metric in self.metrics.items():
-                value = float(metric(fused, sources.to(fused)).mean())
-                metric.reset()  # it would keep every case for an average
-                values[name] = value if math.isfinite(value) else None
-        return values
 
     def _provenance(self) -> dict[str, Any]:
         return {

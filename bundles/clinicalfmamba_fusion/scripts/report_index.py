@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 import warnings
@@ -41,7 +42,8 @@ class ReportIndex:
     def __init__(self, output_dir: str | os.PathLike, interval: float = 60.0) -> None:
         self.output_dir = Path(output_dir)
         self.interval = interval
-        self._written = 0.0
+        # before whenever that may be: the clock begins when the machine does
+        self._written = -math.inf
 
     def attach(self, engine: Engine) -> None:
         """

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 
 __all__ = ["gaussian_blur", "multi_scale_ssim", "scale_terms", "ssim"]
 
-# A CPU computes a volume several times as fast in blocks: the memory of one is still there for the next.
-BLOCK_VOXELS = 2**19
+# A CPU computes a volume several times as fast in blocks: the memory of one is still there for the next. Elsewhere
+# blocks bound the memory, and are larger, as each is many small kernels.
+BLOCK_VOXELS, LARGE_BLOCK_VOXELS = 2**19, 2**22
 # of the five scales, the finest first (Wang et al., 2003)
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
@@ -47,7 +48,7 @@ def gaussian_blur(x: torch.Tensor, window_size: int, sigma: float) -> torch.Tens
         # a convolution would round the small differences of large moments that SSIM is made of.
         blurred = weights[size // 2] * x.narrow(axis, size // 2, length)
         for i in range(size // 2):
-            blurred = blurred + weights[i] * (x.narrow(axis, i, length) + x.narrow(axis, size - 1 - i, length))
+            blurred.add_(x.narrow(axis, i, length) + x.narrow(axis, size - 1 - i, length), alpha=weights[i])
         x = blurred
     return x
 
@@ -148,17 +149,35 @@ def _mean_similarity(
     fused, sources = fused.float(), sources.float()
     constants = (k1 * data_range) ** 2, (k2 * data_range) ** 2
     window = [min(window_size, side - (side + 1) % 2) for side in sources.shape[2:]]
+    count = math.prod(side - size + 1 for side, size in zip(sources.shape[2:], window))
+    in_blocks = not (torch.is_grad_enabled() and fused.requires_grad)
+    if in_blocks:
+        box = _content(fused, sources, window)
+        fused, sources = fused[box], sources[box]
     positions = [side - size + 1 for side, size in zip(sources.shape[2:], window)]
     rows = positions[0]
-    if fused.device.type == "cpu" and not (torch.is_grad_enabled() and fused.requires_grad):
-        rows = max(BLOCK_VOXELS // sources[0, 0, 0].numel(), window[0])
-    totals = [torch.zeros(sources.shape[:2], device=sources.device) for _ in range(2)]
+    if in_blocks:
+        voxels = BLOCK_VOXELS if fused.device.type == "cpu" else LARGE_BLOCK_VOXELS
+        rows = max(voxels // sources[0, 0, 0].numel(), window[0])
+    # windows that were left out see nothing in either image
+    totals = [torch.full(sources.shape[:2], float(count - math.prod(positions)), device=sources.device)] * 2
     for first in range(0, positions[0], rows):
         length = min(rows, positions[0] - first) + window[0] - 1
         block = (i.narrow(2, first, length) for i in (fused, sources))
         luminance, contrast = _similarity(*block, window_size, sigma, *constants)
         totals = [total + x.flatten(2).sum(dim=2) for total, x in zip(totals, (luminance * contrast, contrast))]
-    return totals[0] / math.prod(positions), totals[1] / math.prod(positions)
+    return totals[0] / count, totals[1] / count
+
+
+def _content(fused: torch.Tensor, sources: torch.Tensor, window: Sequence[int]) -> tuple[slice, ...]:
+    """Batch, channels, and the box of all windows that see more than zeros."""
+    seen = (fused != 0).any(1).any(0) | (sources != 0).any(1).any(0)
+    box = [slice(None), slice(None)]
+    for axis, size in enumerate(window):
+        others = [other for other in range(seen.ndim) if other != axis]
+        found = seen.any(dim=others).nonzero().flatten().tolist() or [0]
+        box.append(slice(max(0, found[0] - size + 1), found[-1] + size))
+    return tuple(box)
 
 
 def _similarity(

@@ -247,9 +247,10 @@ class ScaleToDtype(Transform):
         dtype = get_equivalent_dtype(self.output_dtype, torch.Tensor)
         if not np.issubdtype(self.output_dtype, np.integer):
             return image.to(dtype)
+        info = np.iinfo(self.output_dtype)
         # float32 can not hold the largest int32
-        peak = np.iinfo(self.output_dtype).max
-        return (image.double().clamp(0, 1) * peak).round().to(dtype)
+        wide = torch.float64 if info.bits > 16 else torch.float32
+        return image.to(wide).clamp(0, 1).mul_(info.max).round_().to(dtype)
 
 
 class ScaleToDtyped(MapTransform):

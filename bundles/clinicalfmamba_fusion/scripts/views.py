@@ -23,6 +23,7 @@ from monai.data import MetaTensor
 from monai.data.utils import affine_to_spacing
 from monai.transforms import Orientation, SpatialCrop
 from monai.utils import convert_to_tensor
+from nibabel.orientations import io_orientation
 
 from scripts.colour import join_colour, split_colour
 from scripts.transforms import CaseName
@@ -84,8 +85,8 @@ class Cut:
 @dataclass
 class CaseImages:
     """
-    The images of one case on one grid, channel first, on the CPU, in [0, 1]: ``mri`` and ``grey`` (the fused image
-    without its colour) ``(1, H, W[, D])``, ``partner`` and ``fused`` the same or RGB ``(3, H, W[, D])``.
+    The images of one case on one grid, channel first, on the CPU, shown from 0 to 1: ``mri`` and ``grey`` (the fused
+    image without its colour) ``(1, H, W[, D])``, ``partner`` and ``fused`` the same or RGB ``(3, H, W[, D])``.
     """
 
     mri: torch.Tensor
@@ -120,7 +121,7 @@ class CaseImages:
         elif chroma_key in data:
             partner = join_colour(partner, _plain(data[chroma_key]), colour_space)
         affine = getattr(data[key], "affine", torch.eye(4))
-        return cls(*(i.clamp(0, 1) for i in (mri, partner, fused, grey)), affine=affine)
+        return cls(mri, partner, fused, grey, affine=affine)
 
     @property
     def images(self) -> dict[str, torch.Tensor]:
@@ -143,15 +144,20 @@ class CaseImages:
         """
         if self.mri.ndim == 3:
             width, height = self.size
-            return [Cut(**{name: upright(i) for name, i in self.images.items()}, height=height, width=width)]
-        volume = self.as_seen()
-        middle = volume.middle()
-        return [volume.cut(plane, middle[PLANES[plane][0]]) for plane in volume.planes()]
+            return [Cut(**{n: upright(i.clamp(0, 1)) for n, i in self.images.items()}, height=height, width=width)]
+        middle, axes = self.middle(), self.axes()
+        cuts = []
+        for plane in self.planes():
+            axis = axes[PLANES[plane][0]]
+            # of a whole volume, turning it takes longer than all else
+            thin = {name: i.narrow(axis + 1, middle[axis], 1) for name, i in self.images.items()}
+            cuts.append(CaseImages(**thin, affine=self.affine).as_seen().cut(plane, 0))
+        return cuts
 
     def cut(self, plane: str, index: int) -> Cut:
         """One plane of a volume as seen."""
         axis = PLANES[plane][0]
-        pictures = {name: upright(i.select(axis + 1, index)) for name, i in self.images.items()}
+        pictures = {name: upright(i.select(axis + 1, index).clamp(0, 1)) for name, i in self.images.items()}
         width, height = np.delete(self.size, axis).tolist()
         return Cut(**pictures, height=height, width=width, plane=plane)
 
@@ -162,9 +168,14 @@ class CaseImages:
         affine = oriented["mri"].affine  # type: ignore[union-attr]
         return CaseImages(**{n: _plain(i) for n, i in oriented.items()}, affine=affine)
 
+    def axes(self) -> list[int]:
+        """Of a volume, the axes that run between right and left, front and back, top and bottom."""
+        return np.argsort(io_orientation(self.affine.numpy())[:, 0]).tolist()
+
     def planes(self) -> list[str]:
-        """The planes of a volume as seen that are no thin strips; of a rod, the largest one."""
-        faces = {plane: np.delete(self.size, axis) for plane, (axis, _, _) in PLANES.items()}
+        """The planes of a volume that are no thin strips; of a rod, the largest one."""
+        size = np.take(self.size, self.axes())
+        faces = {plane: np.delete(size, axis) for plane, (axis, _, _) in PLANES.items()}
         wide = [plane for plane, face in faces.items() if face.min() >= THIN * max(self.size)]
         return wide or [max(faces, key=lambda plane: faces[plane].prod())]
 
@@ -189,9 +200,12 @@ class CaseImages:
     def _foreground(self, level: float) -> list[torch.Tensor]:
         """Along each axis, how many voxels show something at each index."""
         # the mean over red, green and blue: the lowest colour of a map need not be black
-        shown = (self.mri[0] > level) | (self.partner.mean(0) > level)
+        partner = self.partner[0] if len(self.partner) == 1 else self.partner.mean(0)
+        shown = ((self.mri[0] > level) | (partner > level)).numpy()
         axes = range(shown.ndim)
-        return [shown.sum(dim=[other for other in axes if other != axis]) for axis in axes]
+        # ten times as fast as PyTorch's sums
+        counts = [np.count_nonzero(shown, axis=tuple(other for other in axes if other != axis)) for axis in axes]
+        return [torch.from_numpy(count) for count in counts]
 
 
 def _plain(image: torch.Tensor | np.ndarray) -> torch.Tensor:
