@@ -23,7 +23,7 @@ from monai.handlers import CheckpointLoader, IgniteMetricHandler
 from monai.metrics import MAEMetric
 from monai.transforms import Compose
 
-from scripts.checkpoints import BestModelSaver, LastEpochSaver, check_file
+from scripts.checkpoints import BestModelSaver, LastEpochSaver, check_file, load_weights
 from scripts.errors import show_cause_last
 
 
@@ -136,6 +136,36 @@ def test_a_file_must_exist(tmp_path, exists):
 def test_an_existing_file_passes(tmp_path):
     (tmp_path / "model.pt").touch()
     check_file(tmp_path / "model.pt")
+
+
+class TestLoadWeights:
+    def test_weights_alone_or_with_more(self, tmp_path):
+        trained, network = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
+        for content in (trained.state_dict(), {"model": trained.state_dict(), "optimizer": {"lr": 0.1}}):
+            torch.save(content, tmp_path / "model.pt")
+            torch.nn.init.zeros_(network.weight)
+            assert load_weights(network, tmp_path / "model.pt") is network
+            assert torch.equal(network.weight, trained.weight)
+
+    def test_of_another_network(self, tmp_path):
+        torch.save(torch.nn.Conv2d(2, 3, 3).state_dict(), tmp_path / "model.pt")
+        network = torch.nn.Conv3d(2, 3, 3)
+        before = network.weight.clone()
+        with pytest.raises(ValueError) as error:
+            load_weights(network, tmp_path / "model.pt")
+        (sentence,) = str(error.value).splitlines()
+        assert sentence.startswith(f"Checkpoint {tmp_path / 'model.pt'} is of another network than the Conv3d of these")
+        assert "size mismatch for weight" in sentence and len(sentence) < 600
+        assert torch.equal(network.weight, before)
+
+    @pytest.mark.parametrize("damage", ["pointer", "truncated", "nothing"])
+    def test_what_can_not_be_read(self, tmp_path, damage):
+        path = tmp_path / "model.pt"
+        torch.save(torch.nn.Linear(64, 64).state_dict(), path)
+        contents = {"pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "nothing": b""}
+        path.write_bytes(contents.get(damage, path.read_bytes()[:-2000]))
+        with pytest.raises(ValueError, match=f"Checkpoint {path} can not be read"):
+            load_weights(torch.nn.Linear(64, 64), path)
 
 
 def fail(_=None):

@@ -155,7 +155,9 @@ class TestMistakes:
 
     def test_weights_of_another_network(self, files, settings):
         fuse = FuseModalitiesd(**settings | {"overrides": None})
-        with pytest.raises(ValueError, match="do not fit the fusion network ClinicalFMamba"):
+        with pytest.raises(
+            ValueError, match="do not belong together: Checkpoint .* another network than the ClinicalFMamba"
+        ):
             fuse({"image": files})
 
     def test_systems(self, tmp_path, settings, files):

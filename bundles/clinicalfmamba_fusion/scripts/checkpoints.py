@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from ignite.engine import Engine, Events
 
 from scripts.data import replacing
 
-__all__ = ["BestModelSaver", "LastEpochSaver", "check_file", "load_parts"]
+__all__ = ["BestModelSaver", "LastEpochSaver", "check_file", "load_parts", "load_weights", "read_weights"]
 
 
 def check_file(path: str | os.PathLike) -> None:
@@ -33,6 +34,53 @@ def check_file(path: str | os.PathLike) -> None:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"Checkpoint {path} does not exist: name the file that a training run has written.")
+
+
+def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """
+    State dict in a file, which may be a checkpoint with the network as ``model``; on the CPU.
+
+    Raises:
+        FileNotFoundError: when ``path`` is not a file.
+        ValueError: when it can not be read.
+    """
+    check_file(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # each kind of damage raises another
+        raise ValueError(
+            f"Checkpoint {path} can not be read: if it is no more than a pointer that Git LFS left, or shorter than "
+            "it was, fetch it again; else name a file that a training run has written."
+        ) from error
+    return content.get("model", content)
+
+
+def load_weights(network: torch.nn.Module, path: str | os.PathLike) -> torch.nn.Module:
+    """
+    Load all weights of a network. `monai.handlers.CheckpointLoader` does so, too, but a file of another network it
+    answers with hundreds of lines that do not name it.
+
+    Args:
+        network: the network to load into, on any device.
+        path: see `read_weights`.
+
+    Returns:
+        ``network``.
+
+    Raises:
+        FileNotFoundError: as `read_weights`.
+        ValueError: as `read_weights`, and when the weights are of another network.
+    """
+    try:
+        _unwrap(network).load_state_dict(read_weights(path))
+    except RuntimeError as error:
+        difference = textwrap.shorten(" ".join(str(error).splitlines()[1:]), 160, placeholder=" ...")
+        raise ValueError(
+            f"Checkpoint {path} is of another network than the {type(_unwrap(network)).__name__} of these configs "
+            f"({difference}): name the one that was trained with them, or give the configs that it was trained with, "
+            "such as configs/volume.json for volumes."
+        ) from error
+    return network
 
 
 def load_parts(network: torch.nn.Module, path: str | os.PathLike, parts: Sequence[str]) -> torch.nn.Module:
@@ -48,11 +96,10 @@ def load_parts(network: torch.nn.Module, path: str | os.PathLike, parts: Sequenc
         ``network``.
 
     Raises:
-        FileNotFoundError: when ``path`` is not a file.
-        ValueError: when it does not hold the parts' weights.
+        FileNotFoundError: as `read_weights`.
+        ValueError: as `read_weights`, and when the file does not hold the parts' weights.
     """
-    check_file(path)
-    weights = torch.load(path, map_location="cpu", weights_only=True)
+    weights = read_weights(path)
     for part in parts:
         names = {f"{part}.{name}": name for name in network.get_submodule(part).state_dict()}
         try:

@@ -35,17 +35,10 @@ from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
 from custom_nets.nets import network_names
+from scripts.checkpoints import load_weights
 from scripts.data import replacing, stem
 
-__all__ = [
-    "FuseModalitiesd",
-    "FusionBundle",
-    "content_digest",
-    "own_scripts",
-    "read_weights",
-    "system_settings",
-    "to_eight_bit",
-]
+__all__ = ["FuseModalitiesd", "FusionBundle", "content_digest", "own_scripts", "system_settings", "to_eight_bit"]
 
 # what needs no fusion network
 PLAIN_SOURCES = ("t2", "flair", "t2_flair", "average", "maximum", "fused_files")
@@ -93,12 +86,6 @@ def content_digest(*files: str | os.PathLike) -> str:
         for part in sorted(p for p in file.rglob("*") if p.is_file()) if file.is_dir() else [file]:
             digest.update(hashlib.sha256(part.read_bytes()).digest())
     return digest.hexdigest()
-
-
-def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """State dict in a file, which may be a checkpoint with the network as ``model``."""
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    return content.get("model", content)
 
 
 class FusionBundle:
@@ -159,11 +146,10 @@ class FusionBundle:
         """
         network = self.part("network_def")
         try:
-            network.load_state_dict(read_weights(self.weights))
-        except RuntimeError as error:
+            load_weights(network, self.weights)
+        except ValueError as error:
             raise ValueError(
-                f"Weights {self.weights} do not fit the fusion network {type(network).__name__} that the configs"
-                " define: set fusion_weights, fusion_configs or fusion_overrides so that they belong together."
+                f"fusion_weights, fusion_configs and fusion_overrides do not belong together: {error}"
             ) from error
         return network.to(self.device).eval()
 

@@ -19,7 +19,8 @@ from monai.utils import convert_to_tensor
 from torch.nn.modules.loss import _Loss
 
 from custom_nets.nets import ClinicalFMambaClassifier
-from scripts.fusion import FusionBundle, read_weights
+from scripts.checkpoints import load_weights, read_weights
+from scripts.fusion import FusionBundle
 
 __all__ = ["JointLoss", "JointNetwork", "load_encoder", "load_parts"]
 
@@ -95,6 +96,6 @@ def load_encoder(network: ClinicalFMambaClassifier, fusion: FusionBundle) -> Non
 
 def load_parts(network: JointNetwork, fusion: FusionBundle, grader_weights: str | os.PathLike | None = None) -> None:
     """Start a joint network from a trained fusion network and, if given, from a network trained on fused images."""
-    network.fusion.load_state_dict(read_weights(fusion.weights))
+    load_weights(network.fusion, fusion.weights)
     if grader_weights is not None:
-        network.grader.load_state_dict(read_weights(grader_weights))
+        load_weights(network.grader, grader_weights)
