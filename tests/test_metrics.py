@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser
+from monai.metrics import SSIMMetric
 from scipy import ndimage
 
 from scripts.metrics import (
@@ -39,6 +40,7 @@ from scripts.metrics import (
     VisualInformationFidelityMetric,
     WorseSourceSSIMMetric,
 )
+from scripts.ssim import ssim
 
 SHAPES = [(3, 1, 32, 27), (2, 1, 16, 20, 14), (2, 1, 24, 24, 10)]
 CONFIG = Path(__file__).resolve().parents[1] / "bundles" / "clinicalfmamba_fusion" / "configs" / "evaluate.json"
@@ -179,6 +181,22 @@ def test_a_copy_of_one_source():
     assert (FusionSSIMMetric()(copy, sources) > worse).all()
     both = EntropyMetric()(copy, sources) + MutualInformationMetric()(copy, torch.cat([other, other], dim=1)) / 2
     torch.testing.assert_close(MutualInformationMetric()(copy, sources), both)
+
+
+@pytest.mark.parametrize("shape", [(40, 36), (28, 24, 30)])
+@pytest.mark.parametrize("content", [slice(0, 6), slice(9, 14), slice(-4, None), slice(0, 0)])
+def test_ssim_of_little_in_a_large_nothing(shape, content):
+    """Windows that see nothing are counted, not computed, where no gradient is asked for."""
+    pair = torch.zeros(2, 3, *shape)
+    box = (slice(None), slice(None), *[content] * len(shape))
+    pair[box] = torch.rand(pair[box].shape, generator=torch.Generator().manual_seed(0))
+    pair[(1, 2, *[5] * len(shape))] = 0.5
+    fused, sources = pair[:, :1], pair[:, 1:]
+    found = ssim(fused, sources)
+    torch.testing.assert_close(found, ssim(fused.clone().requires_grad_(), sources).detach())
+    for channel, score in zip(sources.split(1, dim=1), found.T):
+        expected = SSIMMetric(spatial_dims=len(shape))(fused, channel).flatten()
+        torch.testing.assert_close(score, expected, atol=1e-5, rtol=0)
 
 
 def test_edges_have_no_sign():
