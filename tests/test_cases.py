@@ -181,6 +181,15 @@ def test_processes_start_before_the_network_is_built(
     assert {"a/a_fused.nii.gz", "b/b_fused.nii.gz"} <= set(names(tmp_path / "out"))
 
 
+def test_no_postprocessing_is_passed_over(tmp_path: Path) -> None:
+    write_volumes(tmp_path, "a")
+    flow = workflow(["inference", "volume"], num_writers=1, dataset_dir=str(tmp_path))
+    flow.parser["evaluator#postprocessing"] = "$monai.transforms.Compose([])"
+    with pytest.raises(RuntimeError) as error:
+        flow.parser.get_parsed_content("evaluator")
+    assert "postprocessing is not that of its writers" in str(error.value.__cause__)
+
+
 def test_what_is_being_written_when_a_run_is_interrupted_is_finished(weights: dict, tmp_path: Path) -> None:
     write_volumes(tmp_path / "in", *"abcdef")
     settings = {"checkpoint": weights[3], "output_dir": str(tmp_path / "out"), "dataset_dir": str(tmp_path / "in")}

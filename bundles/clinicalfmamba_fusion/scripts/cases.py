@@ -130,8 +130,11 @@ class CaseEvaluator(SupervisedEvaluator):
     Args:
         args: as `monai.engines.SupervisedEvaluator`, as is ``kwargs``; the loader has batches of one case.
         output_dir: folder of ``failed.csv``.
-        writers: processes that do the postprocessing, on the CPU, while the network runs on the next cases; without
-            them it is done between cases, where the network runs.
+        writers: processes that do the same postprocessing, on the CPU, while the network runs on the next cases;
+            without them it is done between cases, where the network runs.
+
+    Raises:
+        ValueError: when the writers have another postprocessing.
     """
 
     def __init__(
@@ -178,6 +181,8 @@ class CaseEvaluator(SupervisedEvaluator):
         if writers is None:
             super()._register_postprocessing(posttrans)
             return
+        if posttrans is not writers.postprocessing:
+            raise ValueError("The evaluator's postprocessing is not that of its writers: give both the same one.")
         # before the loader's threads are there
         self.add_event_handler(Events.STARTED, lambda _engine: writers.start())
 

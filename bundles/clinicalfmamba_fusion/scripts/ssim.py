@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from monai.transforms.utils import generate_spatial_bounding_box
 
 __all__ = ["gaussian_blur", "multi_scale_ssim", "scale_terms", "ssim"]
 
@@ -170,14 +171,11 @@ def _mean_similarity(
 
 
 def _content(fused: torch.Tensor, sources: torch.Tensor, window: Sequence[int]) -> tuple[slice, ...]:
-    """Batch, channels, and the box of all windows that see more than zeros."""
-    seen = (fused != 0).any(1).any(0) | (sources != 0).any(1).any(0)
-    box = [slice(None), slice(None)]
-    for axis, size in enumerate(window):
-        others = [other for other in range(seen.ndim) if other != axis]
-        found = seen.any(dim=others).nonzero().flatten().tolist() or [0]
-        box.append(slice(max(0, found[0] - size + 1), found[-1] + size))
-    return tuple(box)
+    """Batch, channels, and the box of all windows that see more than zeros; of none, one window."""
+    seen = (fused != 0).any(1) | (sources != 0).any(1)
+    starts, ends = generate_spatial_bounding_box(seen, margin=[size - 1 for size in window], allow_smaller=True)
+    box = [slice(start, max(end, start + size)) for start, end, size in zip(starts, ends, window)]
+    return slice(None), slice(None), *box
 
 
 def _similarity(
